@@ -1,0 +1,49 @@
+"""Turn a pretrained transformer into one with Multi-head Latent Attention.
+
+    model, report = convert(model, ConversionOptions(kv_lora_rank=96))
+    model.save_pretrained("converted")
+
+Importing this package registers the converted families with transformers' Auto classes, so that
+`AutoModelForCausalLM.from_pretrained` loads a converted checkpoint without a trust flag.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from mha2mla.cache import cache_bytes
+from mha2mla.convert import ConversionReport, convert, resolve_options
+from mha2mla.families import FAMILIES, register
+from mha2mla.modeling.configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig
+from mha2mla.modeling.modeling_mla import (
+    LlamaMLAForCausalLM,
+    LlamaMLAModel,
+    MistralMLAForCausalLM,
+    MistralMLAModel,
+    Qwen2MLAForCausalLM,
+    Qwen2MLAModel,
+)
+from mha2mla.options import ConversionOptions
+from mha2mla.statistics import Statistics, collect_statistics
+from mha2mla.version import __version__
+
+register(AutoConfig.register, AutoModel.register, AutoModelForCausalLM.register)
+
+__all__ = [
+    "FAMILIES",
+    "ConversionOptions",
+    "ConversionReport",
+    "LlamaMLAConfig",
+    "LlamaMLAForCausalLM",
+    "LlamaMLAModel",
+    "MistralMLAConfig",
+    "MistralMLAForCausalLM",
+    "MistralMLAModel",
+    "Qwen2MLAConfig",
+    "Qwen2MLAForCausalLM",
+    "Qwen2MLAModel",
+    "Statistics",
+    "__version__",
+    "cache_bytes",
+    "collect_statistics",
+    "convert",
+    "resolve_options",
+]

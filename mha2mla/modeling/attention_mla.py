@@ -1,0 +1,180 @@
+"""Multi-head Latent Attention over a converted model's weights (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+One module, two forwards of the same function:
+
+- expanded (training, prefill): the latent is projected up to keys and values of every key/value head;
+- absorbed (decode): the up-projections move into the query and the output, and all query heads attend
+  the latent itself, so a step reads r + R numbers a cached token and writes nothing back.
+
+Which of the two runs follows from the number of queries: `absorbs` compares their costs.
+
+Shapes: B batch, S new tokens, T cached tokens, H query heads, G key/value heads, N rotated keys (1 or G),
+r kv_lora_rank, P qk_rope_head_dim, R = N * P, K qk_nope_head_dim, V v_head_dim.
+The cache holds two slots: the latent [B, 1, T, r] and the rotated key [B, 1, T, R] (after rotation).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+
+class MLAAttention(nn.Module):
+    """Latent attention in place of a family's own; takes and returns what that one does."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.num_rope_heads = config.num_rope_heads
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.qk_head_dim = config.qk_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.rope_dim = config.rope_dim
+        self.scaling = config.softmax_scale
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        layer_types = getattr(config, "layer_types", None)
+        slides = layer_types is None or layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = getattr(config, "sliding_window", None) if slides else None
+
+        d, query_size = config.hidden_size, self.num_heads * self.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(d, query_size, bias=config.q_proj_bias)
+        else:
+            self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=config.q_proj_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(d, self.kv_lora_rank + self.rope_dim, bias=config.kv_a_proj_bias)
+        up_size = self.num_key_value_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, up_size, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, d, bias=config.o_proj_bias)
+        self.rope_pair_index: torch.Tensor
+        # Which of the model's rotary frequencies each pair of each rotated key turns with; saved with the weights.
+        pairs = torch.arange(self.qk_rope_head_dim // 2).expand(self.num_rope_heads, -1)
+        self.register_buffer("rope_pair_index", pairs.clone())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, length, _ = hidden_states.shape
+        cos, sin = self.layer_rotation(*position_embeddings)
+
+        query = self.q_proj(hidden_states) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_proj(hidden_states))
+        query = query.view(batch, length, self.num_heads, self.qk_head_dim)
+        q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        heads_per_rope = self.num_heads // self.num_rope_heads
+        q_rot = rotate(q_rot, cos.repeat_interleave(heads_per_rope, 2), sin.repeat_interleave(heads_per_rope, 2))
+        q_nope, q_rot = q_nope.transpose(1, 2), q_rot.transpose(1, 2)
+
+        latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.rope_dim], dim=-1)
+        k_rot = rotate(k_rot.view(batch, length, self.num_rope_heads, self.qk_rope_head_dim), cos, sin)
+        latent, k_rot = latent.unsqueeze(1), k_rot.reshape(batch, 1, length, self.rope_dim)
+        if past_key_values is not None:
+            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
+
+        if past_key_values is not None and self.absorbs(length) and is_score_mask(attention_mask):
+            output, weights = self.attend_latent(q_nope, q_rot, latent, k_rot, attention_mask)
+        else:
+            keys, values = self.expand_kv(latent, k_rot)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            if self.sliding_window is not None:
+                kwargs["sliding_window"] = self.sliding_window
+            output, weights = attend(
+                self,
+                torch.cat((q_nope, q_rot), dim=-1),
+                keys,
+                values,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def layer_rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the model's rotation [B, S, rotary size] the part of this layer's pairs, [B, S, N, P / 2]."""
+        return cos[..., self.rope_pair_index], sin[..., self.rope_pair_index]
+
+    def expand_kv(self, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [B, G, T, K + P] and values [B, G, T, V] from the cached latent [B, 1, T, r] and key [B, 1, T, R]."""
+        batch, _, length, _ = latent.shape
+        kv = self.kv_b_proj(latent).view(batch, length, self.num_key_value_heads, -1).transpose(1, 2)
+        k_nope, values = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k_rot = k_rot.view(batch, length, self.num_rope_heads, self.qk_rope_head_dim).transpose(1, 2)
+        return torch.cat((k_nope, k_rot.expand(-1, self.num_key_value_heads, -1, -1)), dim=-1), values
+
+    def absorbs(self, queries: int) -> bool:
+        """Whether attending the latent costs fewer multiplications a cached token than expanding it first."""
+        expand = self.kv_lora_rank * self.num_key_value_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        expanded = expand + queries * self.num_heads * (self.qk_head_dim + self.v_head_dim)
+        return queries * self.num_heads * (2 * self.kv_lora_rank + self.rope_dim) < expanded
+
+    def attend_latent(
+        self,
+        q_nope: torch.Tensor,
+        q_rot: torch.Tensor,
+        latent: torch.Tensor,
+        k_rot: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Absorbed attention of q_nope [B, H, S, K] and q_rot [B, H, S, P]; output [B, S, H, V], weights [B, H, S, T].
+
+        All heads' queries are rows against one shared key, so each product is one matrix multiplication.
+        """
+        batch, heads, length, _ = q_nope.shape
+        groups = self.num_key_value_heads
+        up = self.kv_b_proj.weight.view(groups, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        w_key, w_value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+
+        grouped = q_nope.reshape(batch, groups, -1, self.qk_nope_head_dim)
+        q_latent = torch.einsum("bgqk,gkr->bgqr", grouped, w_key).reshape(batch, heads * length, self.kv_lora_rank)
+        q_rows = self.rope_rows(q_rot).reshape(batch, heads * length, self.rope_dim)
+        scores = q_latent @ latent[:, 0].transpose(1, 2) + q_rows @ k_rot[:, 0].transpose(1, 2)
+        scores = scores.view(batch, heads, length, -1) * self.scaling
+        if mask is None and length > 1:
+            mask = torch.ones(length, scores.shape[-1], dtype=torch.bool, device=scores.device)
+            mask = mask.tril(scores.shape[-1] - length)
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            else:
+                scores = scores + mask
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
+        dropped = nn.functional.dropout(weights, self.attention_dropout, self.training)
+
+        mixed = dropped.view(batch, heads * length, -1) @ latent[:, 0]
+        mixed = mixed.view(batch, groups, -1, self.kv_lora_rank)
+        output = torch.einsum("bgqr,gvr->bgqv", mixed, w_value).reshape(batch, heads, length, self.v_head_dim)
+        return output.transpose(1, 2), weights
+
+    def rope_rows(self, q_rot: torch.Tensor) -> torch.Tensor:
+        """Rotated queries [B, H, S, P] as rows [B, H, S, R] against all rotated keys: zero at other heads' keys."""
+        if self.num_rope_heads == 1:
+            return q_rot
+        batch, heads, length, size = q_rot.shape
+        grouped = q_rot.view(batch, self.num_rope_heads, -1, length, 1, size)
+        own = torch.eye(self.num_rope_heads, dtype=q_rot.dtype, device=q_rot.device)
+        return (grouped * own[:, None, None, :, None]).view(batch, heads, length, self.rope_dim)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [B, S, heads, 2 * pairs] whose halves are the pairs' components; cos, sin [.., pairs]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def is_score_mask(mask: Any) -> bool:
+    """Whether a mask is of the kind that scores [B, H, S, T] can take: none, or a tensor of that rank."""
+    return mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4)

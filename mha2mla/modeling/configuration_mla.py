@@ -1,0 +1,63 @@
+"""Configurations of converted models: those of the original family plus the sizes of the latent attention.
+
+Sizes carry DeepSeek's names (DeepSeek-V2, arXiv 2405.04434, section 2.1). `head_dim` stays the original head
+size D, because the frequencies of the rotary embedding are the original model's.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+
+@dataclass(kw_only=True, repr=False)
+class MLAConfigMixin:
+    """The fields every converted family shares.
+
+    kv_lora_rank: r, size of the cached latent.
+    q_lora_rank: rank of the factored query projection; None keeps it whole.
+    num_rope_heads: 1 if all heads share one rotated key (DeepSeek), else one per key/value head (MHA2MLA).
+    qk_rope_head_dim: rotated numbers of one head; the cache holds R = num_rope_heads * qk_rope_head_dim of them.
+    qk_nope_head_dim: numbers of a head's key that lost their rotation and come out of the latent.
+    v_head_dim: size of a head's value.
+    softmax_scale: the original model's factor on the scores, whatever the new head sizes.
+    q_proj_bias, kv_a_proj_bias, o_proj_bias: which projections have a bias.
+    """
+
+    kv_lora_rank: int = 512
+    q_lora_rank: int | None = None
+    num_rope_heads: int = 1
+    qk_rope_head_dim: int = 64
+    qk_nope_head_dim: int = 128
+    v_head_dim: int = 128
+    softmax_scale: float = 192**-0.5
+    q_proj_bias: bool = False
+    kv_a_proj_bias: bool = False
+    o_proj_bias: bool = False
+
+    base_model_tp_plan: ClassVar[Any] = None  # the family's plan splits projections that are no longer there
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Size of one query head. transformers knows MLA models by this attribute."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """R: rotated numbers in the cache, a token a layer."""
+        return self.num_rope_heads * self.qk_rope_head_dim
+
+
+class LlamaMLAConfig(MLAConfigMixin, LlamaConfig):
+    model_type = "llama_mla"
+
+
+class MistralMLAConfig(MLAConfigMixin, MistralConfig):
+    model_type = "mistral_mla"
+
+
+class Qwen2MLAConfig(MLAConfigMixin, Qwen2Config):
+    model_type = "qwen2_mla"
+
+
+__all__ = ["LlamaMLAConfig", "MistralMLAConfig", "Qwen2MLAConfig"]

@@ -1,0 +1,108 @@
+"""What a conversion is asked for, checked against the model's geometry before any work starts."""
+
+from dataclasses import dataclass, replace
+
+DEFAULT_REDUCTION = 0.6875  # the paper's first setting: 24 + 96 of 384 numbers on SmolLM-135M
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Attention sizes of the original model: d, H, G, D, and F rotary pairs a head."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def num_pairs(self) -> int:
+        return self.head_dim // 2
+
+    @property
+    def key_size(self) -> int:
+        """G * D: numbers in all keys of a token."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def cache_size(self) -> int:
+        """2 * G * D: numbers the original cache holds a token a layer."""
+        return 2 * self.key_size
+
+    def full_rank(self, rope_dim: int, low_rank: str = "joint") -> int:
+        """Rank of [keys that lost their rotation; values]: the largest latent that means anything."""
+        keys, values = self.key_size - rope_dim, self.key_size
+        if low_rank == "split":
+            return min(keys, self.hidden_size) + min(values, self.hidden_size)
+        return min(keys + values, self.hidden_size)
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """Sizes and strategies of a conversion.
+
+    rope_dim: R, rotated numbers a token a layer, all heads together; None: an eighth of the keys (the paper's share).
+    kv_lora_rank: r, size of the latent; None: what `reduction` leaves after R.
+    reduction: wanted cut of the cache as a fraction, used only where kv_lora_rank is None; default 0.6875.
+    partial_rope: which pairs keep their rotation, a name of `mha2mla.partial_rope.STRATEGIES`.
+    low_rank: how keys and values are factored, a name of `mha2mla.low_rank.STRATEGIES`.
+    q_lora_rank: rank of a factored query projection; None keeps it whole.
+    """
+
+    rope_dim: int | None = None
+    kv_lora_rank: int | None = None
+    reduction: float | None = None
+    partial_rope: str = "high"
+    low_rank: str = "joint"
+    q_lora_rank: int | None = None
+
+    def resolve(self, geometry: Geometry) -> "ConversionOptions":
+        """The same options with R and r as numbers that fit the model; ValueError names what does not."""
+        if self.kv_lora_rank is not None and self.reduction is not None:
+            raise ValueError(
+                f"kv_lora_rank={self.kv_lora_rank} and reduction={self.reduction} both say how large the latent is; "
+                "give one of them"
+            )
+        rope_dim = self._rope_dim(geometry)
+        rank, full = self._rank(geometry, rope_dim), geometry.full_rank(rope_dim, self.low_rank)
+        if not 1 <= rank <= full:
+            raise ValueError(
+                f"kv_lora_rank={rank} with rope_dim={rope_dim} is outside 1..{full}: full rank is {full} "
+                f"(2·G·D − R = {geometry.cache_size - rope_dim}, hidden size {geometry.hidden_size})"
+            )
+        if self.low_rank == "split" and rank % 2:
+            raise ValueError(f"low_rank=split shares the latent evenly: kv_lora_rank={rank} must be even")
+        query_full = min(geometry.hidden_size, geometry.num_heads * geometry.head_dim)
+        if self.q_lora_rank is not None and not 1 <= self.q_lora_rank <= query_full:
+            raise ValueError(f"q_lora_rank={self.q_lora_rank} is outside 1..{query_full} (full rank); None keeps W_q")
+        return replace(self, rope_dim=rope_dim, kv_lora_rank=rank, reduction=None)
+
+    def _rope_dim(self, geometry: Geometry) -> int:
+        step = 2 * geometry.num_kv_heads  # a pair for each key/value head
+        rope_dim = self.rope_dim
+        if rope_dim is None:
+            rope_dim = max(step, geometry.key_size // 8 // step * step)
+        if not 0 < rope_dim <= geometry.key_size:
+            raise ValueError(
+                f"rope_dim={rope_dim} is outside 2..{geometry.key_size} (G·D = "
+                f"{geometry.num_kv_heads}·{geometry.head_dim}, where every pair rotates)"
+            )
+        if rope_dim % step:
+            below = max(step, rope_dim // step * step)
+            raise ValueError(
+                f"rope_dim={rope_dim} cannot be shared by {geometry.num_kv_heads} key/value heads in whole pairs; "
+                f"it must be a multiple of {step}, for example {below}"
+            )
+        return rope_dim
+
+    def _rank(self, geometry: Geometry, rope_dim: int) -> int:
+        if self.kv_lora_rank is not None:
+            return self.kv_lora_rank
+        reduction = DEFAULT_REDUCTION if self.reduction is None else self.reduction
+        budget = int(geometry.cache_size * (1 - reduction))
+        rank = min(budget - rope_dim, geometry.full_rank(rope_dim, self.low_rank))
+        if rank < 1:
+            raise ValueError(
+                f"reduction={reduction} leaves {budget} numbers a token a layer, which rope_dim={rope_dim} uses up; "
+                "ask for a smaller reduction or a smaller rope_dim"
+            )
+        return rank - rank % 2
