@@ -105,6 +105,8 @@ def converted_config(config: Any, options: ConversionOptions) -> Any:
     return family.config_class(
         **kept
         | {
+            # Saving adds the class that is saved; serving engines also look for the decoder alone.
+            "auto_map": {"AutoModel": f"{family.model_class.__module__.split('.')[-1]}.{family.model_class.__name__}"},
             "head_dim": geometry.head_dim,
             "kv_lora_rank": options.kv_lora_rank,
             "q_lora_rank": options.q_lora_rank,

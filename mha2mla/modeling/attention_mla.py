@@ -144,8 +144,8 @@ class MLAAttention(nn.Module):
         scores = q_latent @ latent[:, 0].transpose(1, 2) + q_rows @ k_rot[:, 0].transpose(1, 2)
         scores = scores.view(batch, heads, length, -1) * self.scaling
         if mask is None and length > 1:
-            mask = torch.ones(length, scores.shape[-1], dtype=torch.bool, device=scores.device)
-            mask = mask.tril(scores.shape[-1] - length)
+            # transformers leaves the mask out of a prompt without a prefix: query i sees keys 0..i.
+            mask = torch.ones(length, scores.shape[-1], dtype=torch.bool, device=scores.device).tril()
         if mask is not None:
             if mask.dtype == torch.bool:
                 scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
