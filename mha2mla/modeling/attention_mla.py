@@ -116,7 +116,12 @@ class MLAAttention(nn.Module):
         return torch.cat((k_nope, k_rot.expand(-1, self.num_key_value_heads, -1, -1)), dim=-1), values
 
     def absorbs(self, queries: int) -> bool:
-        """Whether attending the latent costs fewer multiplications a cached token than expanding it first."""
+        """Whether attending the latent costs fewer multiplications a cached token than expanding it first.
+
+        An up-projection that is more than its weight (an adapter, a quantised layer) can only be called, not absorbed.
+        """
+        if type(self.kv_b_proj) is not nn.Linear:
+            return False
         expand = self.kv_lora_rank * self.num_key_value_heads * (self.qk_nope_head_dim + self.v_head_dim)
         expanded = expand + queries * self.num_heads * (self.qk_head_dim + self.v_head_dim)
         return queries * self.num_heads * (2 * self.kv_lora_rank + self.rope_dim) < expanded
@@ -141,8 +146,10 @@ class MLAAttention(nn.Module):
         grouped = q_nope.reshape(batch, groups, -1, self.qk_nope_head_dim)
         q_latent = torch.einsum("bgqk,gkr->bgqr", grouped, w_key).reshape(batch, heads * length, self.kv_lora_rank)
         q_rows = self.rope_rows(q_rot).reshape(batch, heads * length, self.rope_dim)
-        scores = q_latent @ latent[:, 0].transpose(1, 2) + q_rows @ k_rot[:, 0].transpose(1, 2)
-        scores = scores.view(batch, heads, length, -1) * self.scaling
+        # Scaled before the products: queries are few, scores are many.
+        q_latent, q_rows = q_latent * self.scaling, q_rows * self.scaling
+        scores = torch.bmm(q_rows, k_rot[:, 0].transpose(1, 2))
+        scores = torch.baddbmm(scores, q_latent, latent[:, 0].transpose(1, 2)).view(batch, heads, length, -1)
         if mask is None and length > 1:
             # transformers leaves the mask out of a prompt without a prefix: query i sees keys 0..i.
             mask = torch.ones(length, scores.shape[-1], dtype=torch.bool, device=scores.device).tril()

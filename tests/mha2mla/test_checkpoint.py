@@ -72,7 +72,11 @@ def test_checkpoint_keys_are_deepseeks(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     with safe_open(folder / "model.safetensors", "pt") as file:
-        layer = {k.removeprefix("model.layers.0.self_attn."): file.get_slice(k).get_shape() for k in file.keys() if ".0.self_attn" in k}  # noqa: E501, SIM118
+        layer = {
+            k.removeprefix("model.layers.0.self_attn."): file.get_slice(k).get_shape()
+            for k in file.keys()
+            if ".0.self_attn" in k
+        }  # noqa: E501, SIM118
     assert layer == {
         "q_proj.weight": [32, 32],
         "kv_a_proj_with_mqa.weight": [10 + 8, 32],

@@ -19,7 +19,9 @@ def converted(family: str = "llama", heads: str = "gqa", **changes: object) -> t
 
 
 def cache_of(kind: str, model: torch.nn.Module) -> DynamicCache | StaticCache:
-    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=32)
+    return (
+        DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=32)
+    )
 
 
 @torch.no_grad()
@@ -30,7 +32,11 @@ def step_by_step(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, 
         stop = start + chunk if start + chunk <= 12 else start + 1
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, start:stop]
         step = model(
-            ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions, past_key_values=cache, use_cache=True
+            ids[:, start:stop],
+            attention_mask=mask[:, :stop],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
         )
         logits.append(step.logits)
         start = stop
@@ -139,6 +145,20 @@ def test_generate_equals_search_without_a_cache(way: str) -> None:
     beams = {"num_beams": 3} if way == "beams" else {}
     expected = model.generate(ids, **options, **beams, use_cache=False)
     assert torch.equal(model.generate(ids, **options, **GENERATION[way]), expected)
+
+
+def test_adapter_on_the_up_projection_is_not_lost_in_decoding() -> None:
+    """Absorbing reads the up-projection's weight; what peft adds to it must count all the same."""
+    peft = pytest.importorskip("peft")
+    model, ids = converted(), tokens(2, 20)
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["kv_b_proj"], init_lora_weights=False))
+    with torch.no_grad():
+        expected = adapted(ids, use_cache=False).logits
+    assert relative(expected, plain) > 1e-2
+    got = step_by_step(adapted.base_model.model, ids, torch.ones_like(ids), "dynamic", chunk=4)
+    assert relative(got, expected) < TOLERANCE
 
 
 def test_gradients_do_not_depend_on_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,9 @@ def test_full_rank_equals_rope_alone(low_rank: str, heads: str) -> None:
     model = tiny_model("qwen2", KV_HEADS[heads])
     rope = 2 * KV_HEADS[heads]
     rank = 2 * 8 * KV_HEADS[heads] - rope
-    full = ConversionOptions(rope_dim=rope, kv_lora_rank=min(rank, 32) if low_rank == "joint" else rank, low_rank=low_rank)
+    full = ConversionOptions(
+        rope_dim=rope, kv_lora_rank=min(rank, 32) if low_rank == "joint" else rank, low_rank=low_rank
+    )
     converted, report = convert(model, full)
     rotation_lost = without_rotation(model, rope // KV_HEADS[heads] // 2)
     assert relative(logits(converted, tokens()), rotation_lost) < TOLERANCE
@@ -72,7 +74,7 @@ def test_yarn_scale_survives_on_unrotated_pairs() -> None:
     assert relative(logits(converted, tokens()), expected) < TOLERANCE
     for layer in converted.model.layers:
         rows = layer.self_attn.q_proj.weight.view(4, 8, 32)
-        rows.data[:, :6] /= model.model.rotary_emb.attention_scaling ** 2
+        rows.data[:, :6] /= model.model.rotary_emb.attention_scaling**2
     assert relative(logits(converted, tokens()), expected) > 1e-2
 
 

@@ -1,0 +1,94 @@
+"""Which pretrained model a configuration means, and the folder or hub id that holds it.
+
+`model.path` is a hub id, a local folder, or `package:NAME` for weights that ship inside a Python package
+(one GGUF file, found by the package's location; the package is never imported). Such a file is
+dequantised once into `outputs/models/<name>`, an ordinary checkpoint that everything else loads.
+"""
+
+import fnmatch
+import importlib.util
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from conf.schema import Config
+from conf.stage import fingerprint
+
+PACKAGE = "package:"
+
+
+def package_gguf(path: str) -> Path:
+    """The GGUF file inside the package that `package:NAME` names."""
+    package = path.removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"model.path={path}: the package {package} is not installed; "
+            "`make setup` installs the default model, or give MODEL=org/name or a local folder"
+        )
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(f"model.path={path}: expected one .gguf file in the package, found {len(files)}")
+    return files[0]
+
+
+def model_fingerprint(config: Config) -> str:
+    """What makes the pretrained model's identity: a local folder's content, else its name and version."""
+    model = config.model
+    if model.path.startswith(PACKAGE):
+        file = package_gguf(model.path)
+        return f"{file.name}:{file.stat().st_size}:{metadata.version(model.path.removeprefix(PACKAGE))}"
+    if Path(model.path).is_dir():
+        return fingerprint(model.path)
+    return f"hub:{model.path}@{model.revision or 'main'}"
+
+
+def local_model(config: Config) -> str:
+    """The folder or hub id to give to `from_pretrained`; unpacks package weights on first use."""
+    model = config.model
+    if not model.path.startswith(PACKAGE):
+        looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
+        if looks_local and not Path(model.path).expanduser().is_dir():
+            raise ValueError(f"model.path={model.path}: no such folder (a hub id looks like org/name)")
+        return model.path
+    target = Path(config.output_dir) / "models" / str(model.name)
+    if not (target / "config.json").exists():
+        unpack_gguf(package_gguf(model.path), target)
+    return str(target)
+
+
+def unpack_gguf(file: Path, target: Path) -> None:
+    """Dequantise a GGUF file into a float32 checkpoint folder, which appears only when complete."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, name = str(file.parent), file.name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    # transformers marks the result as quantised and then refuses to save it; the weights are plain by now.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
+    model.is_quantized = False
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+def pretrain_tokens(config: Config) -> float:
+    """Pretraining tokens of the model: given, or known by its name (conf/pretrain_tokens.yaml)."""
+    if config.model.pretrain_tokens:
+        return config.model.pretrain_tokens
+    known = yaml.safe_load((Path(__file__).parent / "pretrain_tokens.yaml").read_text())
+    last = config.model.path.rstrip("/").split(":")[-1].split("/")[-1]
+    for row in known:
+        if fnmatch.fnmatchcase(last, row["pattern"]):
+            return float(row["tokens"])
+    raise ValueError(
+        f"the number of pretraining tokens of {config.model.path} is not known, so data.fraction means nothing; "
+        "give model.pretrain_tokens=<number>, or the budget itself as data.tokens=<number>"
+    )

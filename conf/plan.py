@@ -1,0 +1,100 @@
+"""The stages of one configuration: their folders, and how each one's key follows from the ones before.
+
+outputs/<model>/original/            scores of the unconverted model, shared by every point
+outputs/<model>/data-<name>/         sampled shards, shared by every point
+outputs/<model>/<point>/convert/     converted checkpoint
+outputs/<model>/<point>/finetune/    healed checkpoint
+outputs/<model>/<point>/evaluate/    scores of converted and healed
+outputs/<model>/<point>/report/      report.md, results.json, picture
+"""
+
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from conf.models import model_fingerprint
+from conf.schema import Config, DataConfig
+from conf.stage import Stage, fingerprint
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and enums as what YAML and JSON hold."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return plain(asdict(value)) if hasattr(value, "__dataclass_fields__") else value
+
+
+class Plan:
+    """All stages of one point. `model_dir` is shared by every point of a model, `run_dir` is the point's own."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.model_dir = Path(config.output_dir) / str(config.model.name)
+        self.run_dir = self.model_dir / str(config.name)
+        model = {"model": model_fingerprint(config)}
+        shown = {"model": plain(config.model)}
+
+        self.convert = Stage(
+            "convert",
+            self.run_dir / "convert",
+            shown
+            | {
+                "mla": plain(config.mla),
+                "calibration": plain(config.calibration),
+                "data": {"sources": plain(config.data.sources), "seed": config.data.seed},  # its calibration text
+            },
+            model | data_fingerprints(config.data),
+        )
+        sampled = plain(config.data)
+        sampled.pop("num_workers")  # the shards do not depend on it
+        self.sample = Stage(
+            "sample",
+            self.model_dir / f"data-{config.data.name}",
+            shown | {"data": sampled},
+            model | data_fingerprints(config.data),
+        )
+        self.finetune = Stage(
+            "finetune",
+            self.run_dir / "finetune",
+            {"finetune": plain(config.finetune)},
+            {"convert": self.convert.key, "sample": self.sample.key},
+        )
+        scores = {"eval": plain(config.eval)}
+        self.original = Stage("original", self.model_dir / "original", scores, model | {"sample": self.sample.key})
+        self.evaluate = Stage("evaluate", self.run_dir / "evaluate", scores, {"finetune": self.finetune.key})
+        self.report = Stage(
+            "report",
+            self.run_dir / "report",
+            {"tracking": plain(config.tracking)},
+            {"original": self.original.key, "evaluate": self.evaluate.key},
+        )
+
+    @property
+    def stages(self) -> list[Stage]:
+        return [self.convert, self.sample, self.finetune, self.original, self.evaluate, self.report]
+
+
+def data_fingerprints(data: DataConfig) -> dict[str, str]:
+    """Content of local corpora; hub datasets and the environment stand in the configuration by name."""
+    return {
+        f"{name}:{pattern}": fingerprint_pattern(pattern, name)
+        for name, source in data.sources.items()
+        for pattern in source.data_files
+    }
+
+
+def fingerprint_pattern(pattern: str, source: str) -> str:
+    """Fingerprint of a file, a folder or all that a glob matches."""
+    path = Path(pattern).expanduser()
+    if path.exists():
+        return fingerprint(path)
+    parent = Path(path.anchor) if path.is_absolute() else Path()
+    matches = sorted(parent.glob(str(path.relative_to(path.anchor)) if path.is_absolute() else str(path)))
+    if not matches:
+        raise ValueError(f"data.sources.{source}.data_files: nothing matches {pattern}")
+    return "+".join(fingerprint(match) for match in matches)

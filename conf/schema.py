@@ -1,0 +1,368 @@
+"""The configuration's law: every key, its type, its default and what it means.
+
+YAML files under `conf/` are data that fill these dataclasses; a key that is not here is an error.
+Read it top to bottom as the reference of all options. `typed_config(cfg)` turns what Hydra composed
+into these objects and runs the cross-field checks, whose messages name the key to change.
+"""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+
+class Dtype(Enum):
+    auto = "auto"  # what the checkpoint is stored in
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class SourceKind(Enum):
+    builtin = "builtin"  # documentation and source of the installed Python environment
+    local = "local"  # files on disk
+    hub = "hub"  # a dataset on the Hugging Face hub, streamed
+
+
+class Trainable(Enum):
+    all = "all"
+    attention = "attention"  # all weights of the attention modules, no norms outside them
+    lora = "lora"  # low-rank adapters on the attention's projections, merged at the end
+
+
+class Precision(Enum):
+    auto = "auto"  # bf16 where the device has it
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class TaskSource(Enum):
+    builtin = "builtin"  # generated rows of LongBench's form
+    local = "local"  # a folder of LongBench JSONL files
+    hub = "hub"
+
+
+class TrackingMode(Enum):
+    auto = "auto"  # online with a key or a server, else offline
+    online = "online"
+    offline = "offline"
+    none = "none"
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class ModelConfig:
+    """The pretrained model to convert."""
+
+    path: str = "???"  # hub id, local folder, or package:NAME for weights shipped in a Python package
+    name: str | None = None  # folder name under outputs/; default: last part of the path
+    revision: str | None = None
+    dtype: Dtype = Dtype.auto
+    pretrain_tokens: float | None = None  # default: looked up in conf/pretrain_tokens.yaml
+
+    def __post_init__(self) -> None:
+        if self.path != "???" and not self.name:
+            self.name = self.path.rstrip("/").split(":")[-1].split("/")[-1]
+
+
+@dataclass
+class MLAConfig:
+    """What the converted attention looks like; the fields of `mha2mla.ConversionOptions`."""
+
+    rope_dim: int | None = None  # R: rotated numbers a token a layer; default: an eighth of the keys
+    kv_lora_rank: int | None = None  # r: size of the latent; default: what `reduction` leaves after R
+    reduction: float | None = None  # wanted cut of the KV cache, instead of kv_lora_rank; default 0.6875
+    partial_rope: str = "high"
+    low_rank: str = "joint"
+    q_lora_rank: int | None = None
+
+
+@dataclass
+class CalibrationConfig:
+    """Text that conversion looks at (strategies such as 2-norm, and the errors in its report)."""
+
+    tokens: int = 16384
+    sequence_length: int = 512
+    batch_size: int = 4
+
+
+@dataclass
+class SourceConfig:
+    """One corpus of the mixture."""
+
+    kind: SourceKind = SourceKind.local
+    weight: float = 1.0  # share of the budget, relative to the other sources
+    data_files: list[str] = field(default_factory=list)  # local: files, globs or folders
+    path: str | None = None  # hub: dataset id, or a folder that holds a copy of one
+    name: str | None = None  # hub: dataset configuration; builtin: prose, docstrings or code
+    split: str = "train"
+    text_column: str = "text"
+
+    def check(self, key: str) -> None:
+        require(self.weight > 0, f"{key}.weight={self.weight} must be positive")
+        if self.kind is SourceKind.local:
+            require(bool(self.data_files), f"{key}.data_files is empty: give files, globs or folders")
+        if self.kind is SourceKind.hub:
+            require(bool(self.path), f"{key}.path is missing: give a dataset id such as org/name")
+        if self.kind is SourceKind.builtin:
+            corpora = ("prose", "docstrings", "code")
+            require(self.name in corpora, f"{key}.name={self.name} must be one of {', '.join(corpora)}")
+
+
+@dataclass
+class DataConfig:
+    """What is sampled for healing."""
+
+    name: str = "data"  # names the folder of shards
+    files: list[str] = field(default_factory=list)  # one local corpus: short for `sources` with one source
+    text_column: str = "text"  # of `files`
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    fraction: float = 0.003  # of the model's pretraining tokens; used unless `tokens` is given
+    tokens: int | None = None
+    sequence_length: int = 2048
+    validation_tokens: int = 262144  # from documents that training never sees
+    allow_short: bool = False  # take a corpus smaller than the budget as it is
+    num_workers: int = 1  # processes that read and tokenise; the result does not depend on it
+    shard_tokens: int = 16777216
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(0 < self.fraction <= 1, f"data.fraction={self.fraction} must lie in (0, 1]")
+        require(self.tokens is None or self.tokens > 0, f"data.tokens={self.tokens} must be positive")
+        require(self.sequence_length >= 8, f"data.sequence_length={self.sequence_length} must be at least 8")
+        require(self.validation_tokens > 0, f"data.validation_tokens={self.validation_tokens} must be positive")
+        require(self.num_workers >= 1, f"data.num_workers={self.num_workers} must be at least 1")
+        require(self.shard_tokens > 0, f"data.shard_tokens={self.shard_tokens} must be positive")
+        if self.files:
+            require(not self.sources, "data.files and data.sources are both given: choose one")
+            self.sources = {"local": SourceConfig(data_files=self.files, text_column=self.text_column)}
+            self.files = []
+        for name, source in self.sources.items():
+            source.check(f"data.sources.{name}")
+
+
+@dataclass
+class LoraConfig:
+    """Passed to peft.LoraConfig; used with finetune.trainable=lora."""
+
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    init_lora_weights: str = "default"  # default | gaussian | pissa | olora | orthogonal
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, f"finetune.lora.r={self.r} must be at least 1")
+        require(0 <= self.lora_dropout < 1, f"finetune.lora.lora_dropout={self.lora_dropout} must lie in [0, 1)")
+        inits = ("default", "gaussian", "pissa", "olora", "orthogonal")
+        require(
+            self.init_lora_weights in inits,
+            f"finetune.lora.init_lora_weights={self.init_lora_weights} is unknown; there are: {', '.join(inits)}",
+        )
+
+
+@dataclass
+class FinetuneConfig:
+    """Healing. Defaults are the paper's recipe (MHA2MLA, appendix); see docs/decisions.md."""
+
+    trainable: Trainable = Trainable.all
+    loss: str = "ce"  # a name of train/losses.py
+    learning_rate: float = 1e-4
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_fraction: float = 0.05  # linear warm-up
+    decay_fraction: float = 0.15  # 1 - sqrt decay at the end
+    max_steps: int | None = None  # default: `epochs` passes over the sampled data
+    epochs: int = 1
+    global_batch_size: int = 64  # sequences per optimiser step, over all processes
+    micro_batch_size: int = 4  # sequences per forward on one process
+    mixed_precision: Precision = Precision.auto
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    log_every: int = 10  # steps; also the spacing of lines where there is no terminal
+    eval_every: int = 200  # steps between validation perplexities
+    eval_tokens: int = 65536  # of the validation split that a perplexity is measured on, from its start
+    save_every: int = 200  # steps between checkpoints; a restart repeats at most these
+    keep_checkpoints: int = 2  # the newest; all go when the stage has finished
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (
+            "global_batch_size micro_batch_size epochs log_every eval_every eval_tokens save_every keep_checkpoints"
+        )
+        for name in counts.split():
+            require(getattr(self, name) >= 1, f"finetune.{name}={getattr(self, name)} must be at least 1")
+        require(
+            self.max_steps is None or self.max_steps >= 1, f"finetune.max_steps={self.max_steps} must be at least 1"
+        )
+        require(
+            self.max_grad_norm > 0, f"finetune.max_grad_norm={self.max_grad_norm} must be positive (.inf: no clipping)"
+        )
+        for name in ("warmup_fraction", "decay_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"finetune.{name}={getattr(self, name)} must lie in [0, 1]")
+        require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"finetune.global_batch_size={self.global_batch_size} must be a multiple of "
+            f"finetune.micro_batch_size={self.micro_batch_size}",
+        )
+        require(
+            self.warmup_fraction + self.decay_fraction <= 1,
+            "finetune.warmup_fraction + finetune.decay_fraction must not exceed 1",
+        )
+        require(self.learning_rate > 0, f"finetune.learning_rate={self.learning_rate} must be positive")
+
+
+BUILTIN_TASKS = ("passkey", "key_value", "passage_retrieval", "passage_count", "classification", "code_completion")
+LONGBENCH_TASKS = tuple(
+    "narrativeqa qasper multifieldqa_en multifieldqa_zh hotpotqa 2wikimqa musique dureader gov_report qmsum "
+    "multi_news vcsum trec triviaqa samsum lsht passage_count passage_retrieval_en passage_retrieval_zh lcc "
+    "repobench-p".split()
+)
+
+
+@dataclass
+class EvalConfig:
+    """Scoring of original, converted and healed model on the same inputs."""
+
+    source: TaskSource = TaskSource.builtin
+    tasks: list[str] = field(default_factory=list)  # empty: all that the source has
+    data_dir: str | None = None  # local: folder of <task>.jsonl
+    limit: int | None = None  # rows per task; default: all there are, 50 of a builtin task
+    max_length: int | None = None  # prompt tokens kept by middle truncation; default: the model's window
+    batch_size: int = 4
+    chat_template: bool = False  # never on few-shot and code tasks, as in LongBench
+    perplexity_tokens: int = 10240  # of the validation split, and of perplexity_text
+    perplexity_sequence_length: int = 512
+    perplexity_text: str | None = None  # a text file measured too, in consecutive windows without special tokens
+    dtype: Dtype = Dtype.auto  # of all models compared; auto: what the original is stored in
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = BUILTIN_TASKS if self.source is TaskSource.builtin else LONGBENCH_TASKS
+        for task in self.tasks:
+            near = get_close_matches(task, known, n=3, cutoff=0.4)
+            require(
+                task in known,
+                f"eval.tasks: no task '{task}' in eval.source={self.source.value}; "
+                + (f"near ones: {', '.join(near)}" if near else f"there are {', '.join(known)}"),
+            )
+        if self.source is TaskSource.local:
+            require(bool(self.data_dir), "eval.source=local needs eval.data_dir=<folder of <task>.jsonl files>")
+        else:
+            require(not self.data_dir, f"eval.data_dir has no effect with eval.source={self.source.value}; use local")
+        for name in ("limit", "max_length", "batch_size", "perplexity_tokens"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"eval.{name}={value} must be positive")
+        length = self.perplexity_sequence_length
+        require(2 <= length, f"eval.perplexity_sequence_length={length} must be at least 2")
+        require(
+            length <= self.perplexity_tokens,
+            f"eval.perplexity_tokens={self.perplexity_tokens} is less than eval.perplexity_sequence_length={length}",
+        )
+
+
+@dataclass
+class LaunchConfig:
+    """How fine-tuning is started by the pipeline."""
+
+    num_processes: int | None = None  # default: all GPUs seen, or 1
+    device: Device = Device.auto
+    accelerate_config: str | None = None  # a file written by `accelerate config`
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_processes is None or self.num_processes >= 1,
+            f"launch.num_processes={self.num_processes} must be at least 1",
+        )
+
+
+@dataclass
+class TrackingConfig:
+    mode: TrackingMode = TrackingMode.auto
+    project: str = "mha2mla"
+    entity: str | None = None
+
+
+@dataclass
+class BenchConfig:
+    """`make bench`: decoding against the original model. Times are compared within one run only."""
+
+    batch_size: int = 4
+    context: int = 4096  # cached tokens
+    steps: int = 8  # decoded tokens a round
+    rounds: int = 5  # all variants take turns, so that a busy machine slows them alike
+    static_cache: bool = True
+    dtype: Dtype = Dtype.bfloat16
+
+
+@dataclass
+class StudyPoint:
+    """One conversion of a training-free study; sizes as in MLAConfig."""
+
+    name: str = "???"
+    rope_dim: int | None = None
+    kv_lora_rank: int | None = None
+    partial_rope: str = "high"
+    low_rank: str = "joint"
+    q_lora_rank: int | None = None
+    reference: float | None = None  # a perplexity to compare with
+
+
+@dataclass
+class StudyConfig:
+    """Perplexity of conversions without any healing (`python -m eval.training_free`)."""
+
+    text: str | None = None  # plain text file
+    tokens: int = 10240  # from its start, without special tokens
+    sequence_length: int = 512
+    points: list[StudyPoint] = field(default_factory=list)
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    name: str | None = None  # folder of this point; default: made from the mla options
+    output_dir: str = "outputs"
+    force: bool = False  # run a stage again although it is finished
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            mla = self.mla
+            size = f"r{mla.kv_lora_rank}" if mla.kv_lora_rank else f"cut{mla.reduction or 0.6875:g}"
+            query = f"-q{mla.q_lora_rank}" if mla.q_lora_rank else ""
+            self.name = f"{mla.partial_rope}-{mla.low_rank}-R{mla.rope_dim or 'auto'}-{size}{query}"
+
+
+def typed_config(cfg: DictConfig) -> Config:
+    """The composed configuration as checked dataclasses; the first line of every stage's `main`."""
+    config: Any = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config), type(config)
+    return config
+
+
+ConfigStore.instance().store(name="base_config", node=Config)

@@ -1,0 +1,189 @@
+"""A stage's folder: when it counts as finished, when it is run again, how it is written.
+
+A stage writes `config.yaml` first and `stage.json` last, atomically. The record carries a key made from
+the stage's configuration and the fingerprints of its inputs. The same key: finished, not run again. A
+different key, or no record: what lies there is moved aside (never deleted, never taken for finished) and
+the stage runs. A resumable stage that was killed finds its unfinished folder of the same key as it left it.
+No torch in here: the pipeline decides what to skip without loading it.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "wandb")
+KEY_FILE = ".key"  # marks an unfinished folder with the key of the run that is filling it
+
+
+def digest(value: Any) -> str:
+    """Short hash of anything JSON can hold, independent of dictionary order."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint(path: str | Path) -> str:
+    """Hash of a file or of all files below a folder: names, sizes, and the first and last MiB of each."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    if not files:
+        raise FileNotFoundError(f"{path} does not exist or is empty")
+    sha, edge = hashlib.sha256(), 1 << 20
+    for file in files:
+        size = file.stat().st_size
+        sha.update(f"{file.relative_to(path) if path.is_dir() else file.name}:{size};".encode())
+        with file.open("rb") as stream:
+            sha.update(stream.read(edge))
+            if size > edge:
+                stream.seek(max(edge, size - edge))
+                sha.update(stream.read(edge))
+    return sha.hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as stream:
+        json.dump(value, stream, indent=2, default=str)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+@dataclass
+class Stage:
+    """One stage of one run: `name`, its `folder`, the `config` it obeys and its inputs' fingerprints."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return digest({"stage": self.name, "config": self.config, "inputs": self.inputs})
+
+    def record(self) -> dict[str, Any] | None:
+        """The record of a finished run with this very key, or None."""
+        record = read_record(self.folder)
+        return record if record and record["key"] == self.key else None
+
+    def require_finished(self) -> dict[str, Any]:
+        record = self.record()
+        if record is None:
+            found = read_record(self.folder)
+            state = "was made with another configuration" if found else "has not finished"
+            raise FileNotFoundError(
+                f"stage '{self.name}' in {self.folder} {state}; run `make {MAKE_TARGETS.get(self.name, self.name)}` "
+                "with the same options first"
+            )
+        return record
+
+    def skip(self, force: bool = False) -> bool:
+        """True, with a line that says so, if there is nothing to do."""
+        record = None if force else self.record()
+        if record:
+            print(f"{self.name}: finished in {self.folder} ({record['seconds']:.0f} s), skipped", flush=True)
+        return record is not None
+
+    @contextmanager
+    def run(self, resumable: bool = False, force: bool = False, main: bool = True) -> Iterator["Stage"]:
+        """Prepare the folder, hand it over, and seal it with `stage.json` if the body raises nothing.
+
+        `main=False` is for the other ranks of a distributed stage: they see the folder and write nothing.
+        """
+        started = time.time()
+        if main:
+            self._prepare(resumable and not force)
+        yield self
+        if main:
+            write_json(
+                self.folder / "stage.json",
+                {
+                    "stage": self.name,
+                    "key": self.key,
+                    "inputs": self.inputs,
+                    "metrics": self.metrics,
+                    "seconds": round(time.time() - started, 1),
+                    "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "provenance": provenance(),
+                },
+            )
+            (self.folder / KEY_FILE).unlink(missing_ok=True)
+
+    def _prepare(self, keep_unfinished: bool) -> None:
+        marker = self.folder / KEY_FILE
+        unfinished = marker.read_text() if marker.exists() else None
+        if self.folder.exists() and unfinished == self.key:
+            if not keep_unfinished:
+                shutil.rmtree(self.folder)
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            aside = f"{self.folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+            self.folder.rename(self.folder.with_name(aside))
+            print(f"{self.name}: kept the earlier {self.folder} as {aside}", flush=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text(self.key)
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+
+
+MAKE_TARGETS = {"sample": "sample", "convert": "convert", "finetune": "finetune", "evaluate": "evaluate"}
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """`stage.json` of a folder if it is there and whole."""
+    try:
+        return json.loads((folder / "stage.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git commit and hardware, for every record and result."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "commit": git_commit(), "hardware": hardware()}
+
+
+def git_commit() -> str | None:
+    """HEAD, with a `+` where tracked files differ from it; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        root = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        dirty = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "--short=12", "HEAD") + dirty
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts: dict[str, Any] = {"machine": platform.machine(), "cores": cores}
+    if hasattr(os, "sysconf"):
+        facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    gpus = shutil.which("nvidia-smi")
+    if gpus:
+        listed = subprocess.run(
+            [gpus, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        )
+        facts["gpus"] = listed.stdout.split("\n")[:-1]
+    return facts

@@ -1,0 +1,48 @@
+"""How far a converted model is from its original on the same text."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+@dataclass
+class Comparison:
+    """Perplexities, mean KL divergence of the next-token distributions in nats, and how often the top token agrees."""
+
+    perplexity_original: float
+    perplexity_converted: float
+    kl_divergence: float
+    top_token_agreement: float
+    tokens: int
+
+
+@torch.no_grad()
+def compare(original: Any, converted: Any, batches: Iterable[torch.Tensor]) -> Comparison:
+    """Run both models over batches of input_ids [B, S], one row at a time so that few logits stand in memory.
+
+    Raises ValueError if there is no token to predict.
+    """
+    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    for batch in batches:
+        for row in batch.split(1):
+            targets = row[0, 1:].to(original.device)
+            theirs = original(row.to(original.device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            ours = converted(row.to(converted.device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            ours = ours.to(theirs.device)
+            sums += torch.stack(
+                (
+                    functional.nll_loss(theirs, targets, reduction="sum"),
+                    functional.nll_loss(ours, targets, reduction="sum"),
+                    functional.kl_div(ours, theirs, reduction="sum", log_target=True),
+                    (ours.argmax(-1) == theirs.argmax(-1)).sum(),
+                )
+            ).cpu()
+            tokens += len(targets)
+    if not tokens:
+        raise ValueError("no text to compare the models on: give at least one row of two tokens")
+    nll_original, nll_converted, divergence, agreeing = (sums / tokens).tolist()
+    return Comparison(math.exp(nll_original), math.exp(nll_converted), divergence, agreeing, tokens)

@@ -1,0 +1,87 @@
+"""A stage's folder: finished only when sealed, skipped only for the same configuration and inputs, never lost."""
+
+from pathlib import Path
+
+import pytest
+
+from conf.stage import Stage, fingerprint, read_record
+
+
+def stage(folder: Path, **config: object) -> Stage:
+    return Stage("convert", folder / "convert", dict(config), {"model": "abc"})
+
+
+def test_sealed_is_finished_and_carries_provenance(tmp_path: Path) -> None:
+    with stage(tmp_path, r=1).run() as running:
+        (running.folder / "result").write_text("x")
+        running.metrics["score"] = 3
+        assert stage(tmp_path, r=1).record() is None
+    record = stage(tmp_path, r=1).require_finished()
+    assert record["metrics"] == {"score": 3}
+    assert record["provenance"]["versions"]["torch"] and record["provenance"]["hardware"]["cores"] >= 1
+    assert (tmp_path / "convert" / "config.yaml").read_text() == "r: 1\n"
+
+
+def test_failing_body_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), stage(tmp_path).run() as running:
+        (running.folder / "model").write_text("half")
+        raise RuntimeError
+    assert stage(tmp_path).record() is None
+    with pytest.raises(FileNotFoundError, match="has not finished.*make convert"):
+        stage(tmp_path).require_finished()
+
+
+def test_other_configuration_or_input_is_not_finished_and_is_kept_aside(tmp_path: Path) -> None:
+    with stage(tmp_path, r=1).run() as running:
+        (running.folder / "result").write_text("first")
+    other = stage(tmp_path, r=2)
+    assert not other.skip()
+    with pytest.raises(FileNotFoundError, match="another configuration"):
+        other.require_finished()
+    changed_input = Stage("convert", tmp_path / "convert", {"r": 1}, {"model": "xyz"})
+    assert not changed_input.skip() and stage(tmp_path, r=1).skip()
+    with other.run():
+        pass
+    [aside] = tmp_path.glob("convert.old-*")
+    assert (aside / "result").read_text() == "first" and read_record(aside)
+
+
+def test_unfinished_folder_is_resumed_only_by_the_same_run(tmp_path: Path) -> None:
+    def interrupted(config: dict, resumable: bool) -> bool:
+        """Whether the file of an interrupted run is still there when it starts again."""
+        with pytest.raises(KeyboardInterrupt), stage(tmp_path, **config).run(resumable=resumable) as running:
+            found = (running.folder / "checkpoint").exists()
+            (running.folder / "checkpoint").write_text("x")
+            raise KeyboardInterrupt
+        return found
+
+    assert not interrupted({"r": 1}, resumable=True)
+    assert interrupted({"r": 1}, resumable=True)
+    assert not interrupted({"r": 2}, resumable=True)
+    assert not interrupted({"r": 2}, resumable=False)
+
+
+def test_force_runs_again(tmp_path: Path) -> None:
+    with stage(tmp_path).run():
+        pass
+    assert stage(tmp_path).skip() and not stage(tmp_path).skip(force=True)
+
+
+def test_truncated_record_is_no_record(tmp_path: Path) -> None:
+    with stage(tmp_path).run():
+        pass
+    path = tmp_path / "convert" / "stage.json"
+    path.write_text(path.read_text()[:-40])
+    assert stage(tmp_path).record() is None
+
+
+def test_fingerprint_sees_content_and_names(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("one")
+    first = fingerprint(tmp_path)
+    assert fingerprint(tmp_path) == first
+    (tmp_path / "a").write_text("two")
+    second = fingerprint(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len({first, second, fingerprint(tmp_path)}) == 3
+    with pytest.raises(FileNotFoundError):
+        fingerprint(tmp_path / "missing")

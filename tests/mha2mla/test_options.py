@@ -1,0 +1,71 @@
+"""Bad options end in one error that says what was given, what is allowed and what to do."""
+
+import re
+
+import pytest
+from transformers import GPT2Config, LlamaConfig
+
+from mha2mla import ConversionOptions, collect_statistics, convert, resolve_options
+from mha2mla.options import Geometry
+from tests.tiny import tiny_model
+
+SMOLLM = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rope_dim": 25}, "rope_dim=25 .*multiple of 6, for example 24"),
+        ({"rope_dim": 20}, "rope_dim=20 .*multiple of 6, for example 18"),
+        ({"rope_dim": 198}, r"rope_dim=198 is outside 2\.\.192"),
+        ({"rope_dim": 0}, "rope_dim=0 is outside"),
+        ({"rope_dim": 24, "kv_lora_rank": 361}, r"kv_lora_rank=361 .*outside 1\.\.360"),
+        ({"kv_lora_rank": 0}, "kv_lora_rank=0"),
+        ({"kv_lora_rank": 96, "reduction": 0.5}, "give one of them"),
+        ({"reduction": 0.99}, "which rope_dim=24 uses up"),
+        ({"low_rank": "split", "kv_lora_rank": 95}, "must be even"),
+        ({"low_rank": "magic"}, "low_rank='magic' is unknown; choose one of: joint, split"),
+        ({"partial_rope": "3-norm"}, "choose one of: high, low, uniform, 2-norm"),
+        ({"partial_rope": "uniform", "rope_dim": 18}, "3 kept pairs a head .*do not divide its 32"),
+        ({"q_lora_rank": 577}, r"q_lora_rank=577 is outside 1\.\.576"),
+    ],
+)
+def test_sizes_that_do_not_fit(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_options(SMOLLM, ConversionOptions(**options))
+
+
+def test_defaults_are_the_papers_first_setting() -> None:
+    resolved = resolve_options(SMOLLM, ConversionOptions())
+    assert (resolved.rope_dim, resolved.kv_lora_rank) == (24, 96)
+
+
+@pytest.mark.parametrize(("reduction", "rank"), [(0.6875, 96), (0.8125, 48), (0.875, 24)])
+def test_reduction_gives_the_papers_ranks(reduction: float, rank: int) -> None:
+    assert resolve_options(SMOLLM, ConversionOptions(reduction=reduction)).kv_lora_rank == rank
+
+
+def test_full_rank_of_multi_head_attention_is_bounded_by_the_hidden_size() -> None:
+    geometry = Geometry(hidden_size=32, num_heads=4, num_kv_heads=4, head_dim=8)
+    assert geometry.full_rank(8) == 32 and geometry.full_rank(8, "split") == 24 + 32
+
+
+def test_unsupported_family_is_named_with_the_supported_ones() -> None:
+    with pytest.raises(ValueError, match=re.escape("'gpt2' is not supported; supported are: llama, mistral, qwen2")):
+        resolve_options(GPT2Config(), ConversionOptions())
+
+
+def test_converted_model_is_refused() -> None:
+    converted, _ = convert(tiny_model(), ConversionOptions(kv_lora_rank=8))
+    with pytest.raises(ValueError, match="converted already"):
+        convert(converted, ConversionOptions(kv_lora_rank=8))
+
+
+def test_strategy_that_needs_calibration_says_so() -> None:
+    with pytest.raises(ValueError, match="calibration=collect_statistics"):
+        convert(tiny_model(), ConversionOptions(kv_lora_rank=8, partial_rope="2-norm"))
+
+
+def test_empty_calibration_is_an_error() -> None:
+    with pytest.raises(ValueError, match="calibration text is empty"):
+        collect_statistics(tiny_model(), [])
