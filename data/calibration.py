@@ -1,0 +1,137 @@
+"""A little text of the sample's own sources, for conversion: what it looks at, and what it is measured on.
+
+Nothing is sampled first and no corpus is read through: files are opened in an order that depends on seed and
+names, and left as soon as there is enough. A document gives one sequence, from a place in it that its hash
+chooses, so that few thousand tokens come from many documents. Calibration reads documents that are held out
+under no configuration, `heldout_batches` only such as are held out under this one.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from conf.schema import Config
+from data.documents import MOST_HELD_OUT, VALIDATION, Split, unit
+from data.sources import Part, list_parts, read_texts
+from data.workers import encode
+
+CHARACTERS_PER_TOKEN = 8  # more than enough text for one sequence is cut out before tokenising
+SPREAD = 8  # files read side by side
+
+
+def calibration_batches(
+    config: Config,
+    tokenizer: Any,
+    *,
+    tokens: int | None = None,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """int64 input_ids `[batch_size, sequence_length]` of training documents; the last batch may be smaller.
+
+    Defaults are those of `config.calibration`; ValueError (at once) if the sources hold less text.
+    """
+    split = Split.of(config)
+    return batches(
+        config,
+        tokenizer,
+        lambda key: unit(key) < 1 - MOST_HELD_OUT,
+        split,
+        "data for calibration",
+        tokens or config.calibration.tokens,
+        sequence_length or config.calibration.sequence_length,
+        batch_size or config.calibration.batch_size,
+    )
+
+
+def heldout_batches(
+    config: Config,
+    tokenizer: Any,
+    *,
+    tokens: int | None = None,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """The same of documents held out for validation; by default a quarter of the calibration tokens."""
+    split = Split.of(config)
+    return batches(
+        config,
+        tokenizer,
+        lambda key: split.place(key)[0] == VALIDATION,
+        split,
+        "held-out data",
+        tokens or max(config.calibration.tokens // 4, config.calibration.sequence_length),
+        sequence_length or config.calibration.sequence_length,
+        batch_size or config.calibration.batch_size,
+    )
+
+
+def batches(
+    config: Config,
+    tokenizer: Any,
+    wanted: Callable[[bytes], bool],
+    split: Split,
+    what: str,
+    tokens: int,
+    length: int,
+    batch_size: int,
+) -> Iterator[torch.Tensor]:
+    """Rows of documents whose hash is `wanted`, drawn from the sources in proportion to their weights."""
+    count = -(-tokens // length)
+    sources = {
+        name: rows(alternate(list_parts(name, source, config.data.seed)), tokenizer, wanted, split, length)
+        for name, source in config.data.sources.items()
+    }
+    given = dict.fromkeys(sources, 0)
+    found: list[list[int]] = []
+    while len(found) < count and sources:
+        # The source that is furthest behind its share is next; one that has no more is left out.
+        name = min(sources, key=lambda name: (given[name] + 0.5) / config.data.sources[name].weight)
+        row = next(sources[name], None)
+        if row is None:
+            del sources[name]
+        else:
+            given[name] += 1
+            found.append(row)
+    if len(found) < count:
+        raise ValueError(
+            f"too little {what}: {len(found)} sequences of {length} tokens found, {count} wanted; "
+            "add text, or lower calibration.tokens or calibration.sequence_length"
+        )
+    ids = torch.tensor(found, dtype=torch.int64)
+    return iter(ids.split(batch_size))
+
+
+def alternate(parts: list[Part]) -> Iterator[str]:
+    """Texts of a few parts in turn, then of the next few."""
+    for start in range(0, len(parts), SPREAD):
+        streams = deque(map(read_texts, parts[start : start + SPREAD]))
+        while streams:
+            text = next(streams[0], None)
+            if text is None:
+                streams.popleft()
+            else:
+                yield text
+                streams.rotate(-1)
+
+
+def rows(
+    texts: Iterator[str], tokenizer: Any, wanted: Callable[[bytes], bool], split: Split, length: int
+) -> Iterator[list[int]]:
+    """Rows of exactly `length` tokens: one of each long document, several short documents to a row."""
+    held: list[int] = []
+    seen: set[bytes] = set()
+    for text in texts:
+        key = split.key(text)
+        if not wanted(key) or key in seen:
+            continue
+        seen.add(key)
+        room = max(0, len(text) - length * CHARACTERS_PER_TOKEN)
+        start = int(unit(key[8:]) * room)
+        [document] = encode(tokenizer, [text[start : start + length * CHARACTERS_PER_TOKEN]])
+        held += document[:length].tolist()
+        while len(held) >= length:
+            yield held[:length]
+            held = held[length:]

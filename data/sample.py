@@ -1,0 +1,149 @@
+"""Stage `sample`: the corpus for healing, drawn, tokenised, packed and written once.
+
+    python -m data.sample                                    # text of the Python environment
+    python -m data.sample data=local 'data.files=[my/*.jsonl.gz]' data.tokens=10_000_000
+    python -m data.sample data=smollm model=from_path model.path=HuggingFaceTB/SmolLM-135M
+
+The budget is `data.tokens`, else `data.fraction` of the model's pretraining tokens, divided over the sources
+by weight. Which documents are taken depends on seed and documents alone (data/documents.py): of each source
+those with the lowest hashes, copies once, and for training none that is held out for validation.
+
+Local files are read whole. A hub dataset or the environment is not: its files are visited in an order given
+by seed and file names, a stretch from the start of each, until there is enough, and the lowest hashes are
+taken of what was read. There a document's place in its dataset matters too, but still neither the number of
+workers nor a restart.
+
+Written: `train-*.parquet` and `validation-*.parquet` (data/pack.py), `manifest.json`. Memory stays flat:
+texts and tokens wait on disk in sorted runs (data/runs.py). A run that was killed reads on where it was.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import hydra
+import numpy as np
+from omegaconf import DictConfig
+
+from conf.errors import stage_main
+from conf.models import local_model
+from conf.plan import Plan
+from conf.schema import Config
+from conf.stage import write_json
+from data.documents import TRAIN, VALIDATION, Split
+from data.draw import Drawn, Source, draw, open_sources
+from data.pack import write_shards
+from data.runs import merge
+
+
+def sample(config: Config) -> None:
+    """Run the stage: shards and manifest in the folder of `Plan(config).sample`."""
+    stage = Plan(config).sample
+    if stage.skip(config.force):
+        return
+    tokenizer = load_tokenizer(config)
+    sources = open_sources(config, tokenizer)
+    with stage.run(resumable=True, force=config.force):
+        work = stage.folder / "work"
+        drawn = draw(config, sources, tokenizer, work)
+        shards = [path for side in (TRAIN, VALIDATION) for path in write_side(config, drawn[side], side, work)]
+        manifest = describe(config, sources, drawn, tokenizer)
+        manifest["shards"] = {path.name: file_hash(path) for path in shards}
+        for path in shards:
+            path.replace(stage.folder / path.name)
+        write_json(stage.folder / "manifest.json", manifest)
+        shutil.rmtree(work)
+        stage.metrics.update(manifest)
+    print_summary(manifest, stage.folder)
+
+
+def load_tokenizer(config: Config) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(local_model(config), revision=config.model.revision)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the tokenizer of model.path={config.model.path} cannot be loaded: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of model.path={config.model.path} has no eos token to end documents with")
+    return tokenizer
+
+
+def write_side(config: Config, drawn: Drawn, side: str, work: Path) -> list[Path]:
+    """Pack one side's documents, in the order of their hashes, into shards."""
+    data = config.data
+    documents: Iterator[np.ndarray] = (np.frombuffer(record.payload, np.int32) for record in merge(drawn.runs))
+    rows_per_shard = max(1, data.shard_tokens // data.sequence_length)
+    rows = drawn.tokens // data.sequence_length
+    return write_shards(documents, rows, data.sequence_length, rows_per_shard, work, side)
+
+
+def describe(config: Config, sources: list[Source], drawn: dict[str, Drawn], tokenizer: Any) -> dict[str, Any]:
+    """The manifest: what was wanted of each source and what it gave."""
+    total_weight = sum(source.weight for source in sources)
+    by_source = {
+        source.name: {
+            "wanted_share": source.weight / total_weight,
+            "reached_share": drawn[TRAIN].taken[i].tokens / drawn[TRAIN].tokens,
+            "tokens": drawn[TRAIN].taken[i].tokens,
+            "documents": drawn[TRAIN].taken[i].documents,
+            "validation_tokens": drawn[VALIDATION].taken[i].tokens,
+            "validation_documents": drawn[VALIDATION].taken[i].documents,
+        }
+        for i, source in enumerate(sources)
+    }
+    length = config.data.sequence_length
+    return {
+        "tokens": drawn[TRAIN].tokens // length * length,
+        "documents": sum(taken.documents for taken in drawn[TRAIN].taken),
+        "sequences": drawn[TRAIN].tokens // length,
+        "validation_tokens": drawn[VALIDATION].tokens // length * length,
+        "validation_documents": sum(taken.documents for taken in drawn[VALIDATION].taken),
+        "validation_sequences": drawn[VALIDATION].tokens // length,
+        "sequence_length": length,
+        "seed": config.data.seed,
+        "held_out_share": Split.of(config).held_out,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "sources": by_source,
+    }
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of the whole definition where there is one (fast tokenizers), else of the vocabulary."""
+    fast = tokenizer.is_fast
+    definition = tokenizer.backend_tokenizer.to_str() if fast else sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(f"{definition}|{tokenizer.eos_token_id}".encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def print_summary(manifest: dict[str, Any], folder: Path) -> None:
+    print(
+        f"sample: {manifest['tokens']:,} tokens of {manifest['documents']:,} documents in {manifest['sequences']:,} "
+        f"sequences,\n  {manifest['validation_tokens']:,} tokens held out, in {folder}"
+    )
+    for name, source in manifest["sources"].items():
+        print(
+            f"  {name[:30]:30} {source['reached_share']:7.2%} of {source['wanted_share']:7.2%} wanted"
+            f"  {source['tokens']:>14,} tokens"
+        )
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    datasets.disable_progress_bars()
+    stage_main(sample)(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Processes that read and tokenise, with results in the order of the work whatever their number.
+
+`num_workers=1` starts none. Processes are spawned, not forked: the tokenizer and Arrow hold threads.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Workers:
+    """A context manager around `count` processes that hold the tokenizer."""
+
+    def __init__(self, count: int, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.count = count
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        if self.count > 1:
+            context = get_context("spawn")
+            self.pool = ProcessPoolExecutor(self.count, context, initializer=_start, initargs=(self.tokenizer,))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """`map` in order, with only a few items in flight: `items` may be a generator that reacts to results."""
+        if self.pool is None:
+            yield from map(function, items)
+            return
+        flying: deque[Future[Result]] = deque()
+        for item in items:
+            flying.append(self.pool.submit(function, item))
+            if len(flying) >= 2 * self.count:
+                yield flying.popleft().result()
+        while flying:
+            yield flying.popleft().result()
+
+    def tokenise(self, batches: Iterable[list[str]]) -> Iterator[list[np.ndarray]]:
+        """int32 tokens of each text of each batch."""
+        if self.pool is None:
+            return (encode(self.tokenizer, batch) for batch in batches)
+        return self.map(_encode, batches)
+
+
+def encode(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
+    """Tokens of whole documents: as the tokenizer begins them (some with bos), and ended by eos.
+
+    Special tokens that are spelled out in a text stay text, or documentation about tokenizers would end documents.
+    """
+    options = {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
+    rows = tokenizer(texts, **options)["input_ids"]
+    end = tokenizer.eos_token_id
+    return [np.asarray(row if row and row[-1] == end else [*row, end], dtype=np.int32) for row in rows]
+
+
+# One tokenizer per worker process: sending it with every batch would cost more than tokenising.
+_held: dict[str, Any] = {}
+
+
+def _start(tokenizer: Any) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _held["tokenizer"] = tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool outlives a parent that is killed, and its processes wait for work for ever."""
+    parent = parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
+def _encode(texts: list[str]) -> list[np.ndarray]:
+    return encode(_held["tokenizer"], texts)
