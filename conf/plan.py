@@ -36,6 +36,7 @@ class Plan:
         self.config = config
         self.model_dir = Path(config.output_dir) / str(config.model.name)
         self.run_dir = self.model_dir / str(config.name)
+        self.check_apart()
         model = {"model": model_fingerprint(config)}
         shown = {"model": plain(config.model)}
 
@@ -50,8 +51,9 @@ class Plan:
             },
             model | data_fingerprints(config.data),
         )
-        sampled = plain(config.data)
-        sampled.pop("num_workers")  # the shards do not depend on it
+        # What a result does not depend on is not part of its key.
+        sampled = without(plain(config.data), "num_workers")
+        trained = without(plain(config.finetune), "log_every", "save_every", "keep_checkpoints")
         self.sample = Stage(
             "sample",
             self.model_dir / f"data-{config.data.name}",
@@ -61,7 +63,7 @@ class Plan:
         self.finetune = Stage(
             "finetune",
             self.run_dir / "finetune",
-            {"finetune": plain(config.finetune)},
+            {"finetune": trained},
             {"convert": self.convert.key, "sample": self.sample.key},
         )
         scores = {"eval": plain(config.eval)}
@@ -74,9 +76,22 @@ class Plan:
             {"original": self.original.key, "evaluate": self.evaluate.key},
         )
 
+    def check_apart(self) -> None:
+        """What is written into the original's own folder would change its fingerprint."""
+        source = Path(self.config.model.path).expanduser()
+        if source.is_dir() and source.resolve() in (self.model_dir.resolve(), *self.model_dir.resolve().parents):
+            raise ValueError(
+                f"model.path={self.config.model.path} contains the folder that results go to ({self.model_dir}); "
+                "give another output_dir or model.name"
+            )
+
     @property
     def stages(self) -> list[Stage]:
         return [self.convert, self.sample, self.finetune, self.original, self.evaluate, self.report]
+
+
+def without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def data_fingerprints(data: DataConfig) -> dict[str, str]:

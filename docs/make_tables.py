@@ -1,0 +1,116 @@
+"""Write the README's tables from the JSON in docs/results/, between the markers that name them.
+
+    python docs/make_tables.py           rewrites README.md
+    python docs/make_tables.py --check   exit code 1 if README.md and docs/results/ disagree
+
+No figure stands in the README that is not in one of these files.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+
+
+def load(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def where(provenance: dict[str, Any]) -> str:
+    machine, versions = provenance["hardware"], provenance["versions"]
+    device = ", ".join(machine["gpus"]) if machine.get("gpus") else f"{machine['cores']} CPU cores, no GPU"
+    return f"commit {provenance['commit']}, {device}, torch {versions['torch']}, transformers {versions['transformers']}"
+
+
+def default_run() -> str:
+    """The embedded default: cache, perplexity and score of original, converted and healed model."""
+    run = load("default_run")
+    models = run["models"]
+    rows = [
+        [
+            name,
+            f"{model['bytes_per_token']:,.0f}",
+            f"{-100 * model['reduction']:.2f} %" if model["reduction"] else "",
+            number(model["perplexity"]),
+            "" if model.get("wikitext2") is None else number(model["wikitext2"]),
+            "missing" if model["score"] is None else f"{model['score']:.1f}",
+        ]
+        for name, model in models.items()
+    ]
+    head = ["", "cache bytes a token", "cache", "perplexity, held-out", "WikiText-2", "six tasks"]
+    note = (
+        f"{run['model']}, {run['tokens']:,} tokens of healing in {run['minutes']:.0f} minutes, everything from set-up to "
+        f"report in {run['total_minutes']:.0f}; {where(run['provenance'])}. `docs/results/default_run.json`"
+    )
+    return table(head, rows) + "\n\n" + note
+
+
+def training_free() -> str:
+    """The published method without healing, against the figures of its authors' code."""
+    study = load("training_free")
+    rows = [
+        [
+            row["name"],
+            f"{row['rope_dim']} + {row['kv_lora_rank']}" if "rope_dim" in row else "",
+            number(row["perplexity"]),
+            number(row["reference"]) if row.get("reference") else "",
+            f"{100 * row['against_reference']:+.1f} %" if "against_reference" in row else "",
+        ]
+        for row in study["rows"]
+    ]
+    note = (
+        f"{study['model']}, first {study['text']['tokens']:,} tokens of WikiText-2's test text, float32; "
+        f"{where(study['provenance'])}. `docs/results/training_free.json`"
+    )
+    return table(["", "R + r", "perplexity", "authors' code", "off"], rows) + "\n\n" + note
+
+
+def bench() -> str:
+    """Decoding against the original model."""
+    found = load("bench")
+    setting = found["bench"]
+    rows = [
+        [name, f"{row['speed_against_original']:.2f}x", f"{row['cache_against_original']:.4f}x"]
+        for name, row in found["variants"].items()
+    ]
+    note = (
+        f"batch {setting['batch_size']}, {setting['context']:,} cached tokens, {setting['dtype']}; "
+        f"{where(found['provenance'])}. `docs/results/bench.json`"
+    )
+    return table(["decode", "tokens/s", "cache bytes"], rows) + "\n\n" + note
+
+
+TABLES: dict[str, Callable[[], str]] = {"default_run": default_run, "training_free": training_free, "bench": bench}
+
+
+def filled(text: str) -> str:
+    """The text with every marked block made anew; ValueError for a table without a block."""
+    for name, make in TABLES.items():
+        block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        if not block.search(text):
+            raise ValueError(f"README.md has no block <!-- {name} --> … <!-- /{name} -->")
+        text = block.sub(lambda match, made=make(): match[1] + made + match[2], text)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = filled(before)
+    if "--check" in sys.argv:
+        sys.exit(after != before)
+    readme.write_text(after)

@@ -1,0 +1,79 @@
+"""Stage `evaluate`: score the original, the converted and the healed model on the same inputs.
+
+    python -m eval.evaluate experiment=laptop
+
+The original's scores are a stage of their own, made once for all points of a sweep. One model is in memory
+at a time. Both stages end in a `scores.json`; a killed run goes on where it stopped (eval/score.py).
+"""
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from conf.errors import stage_main
+from conf.models import local_model
+from conf.plan import Plan
+from conf.schema import Config, Device
+from conf.stage import Stage, write_json
+from eval.inputs import Inputs, prepare
+from eval.results import mean_score
+from eval.score import score_model
+
+
+def run_evaluate(config: Config) -> None:
+    """Finish the stages `original` and `evaluate` of one configuration."""
+    plan = Plan(config)
+    if not config.force and plan.original.record() and plan.evaluate.record():
+        plan.original.skip()
+        plan.evaluate.skip()
+        return
+    for stage in (plan.sample, plan.convert, plan.finetune):
+        stage.require_finished()
+    device, model = pick_device(config.launch.device), local_model(config)
+    inputs = prepare(config, model, plan.sample.folder)
+    describe(inputs, device)
+    if config.force or not plan.original.record():
+        revision = f"@{config.model.revision}" if config.model.revision else ""
+        score_stage(plan.original, {"original": model + revision}, inputs, config, device)
+    if config.force or not plan.evaluate.record():
+        healed = {"converted": str(plan.convert.folder), "healed": str(plan.finetune.folder)}
+        score_stage(plan.evaluate, healed, inputs, config, device)
+
+
+def score_stage(stage: Stage, models: dict[str, str], inputs: Inputs, config: Config, device: str) -> None:
+    """Score each of `models` (name → path) into the stage's folder and seal it."""
+    with stage.run(resumable=True, force=config.force):
+        scores = {
+            name: score_model(name, path, inputs, stage.folder / name, config.eval.batch_size, device)
+            for name, path in models.items()
+        }
+        write_json(stage.folder / "scores.json", scores)
+        for name, found in scores.items():
+            stage.metrics[name] = {
+                "score": mean_score(found["tasks"]),
+                "perplexity": {text: each["value"] for text, each in found["perplexity"].items()},
+            }
+
+
+def pick_device(device: Device) -> str:
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ValueError("launch.device=cuda, but torch sees no CUDA device; use launch.device=auto or cpu")
+    return "cuda" if device is not Device.cpu and torch.cuda.is_available() else "cpu"
+
+
+def describe(inputs: Inputs, device: str) -> None:
+    rows = sum(len(each.rows) for each in inputs.tasks)
+    tokens = sum(each.tokens for each in inputs.tasks)
+    cut = sum(prompt.truncated for each in inputs.tasks for prompt in each.prompts)
+    texts = ", ".join(f"{text.name} ({text.tokens} tokens)" for text in inputs.texts)
+    print(f"evaluate: {len(inputs.tasks)} tasks, {rows} rows, {tokens} prompt tokens, {cut} prompts cut in the middle")
+    print(f"evaluate: perplexity on {texts}; {str(inputs.dtype).removeprefix('torch.')} on {device}", flush=True)
+
+
+@hydra.main(config_path="../conf", config_name="config", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    stage_main(run_evaluate)(cfg)
+
+
+if __name__ == "__main__":
+    main()

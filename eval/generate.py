@@ -1,0 +1,106 @@
+"""Greedy generation through a cache of our own, whose bytes are measured after each batch.
+
+Batches are padded on the left. The cache handed to `generate` is the one the model fills, so what is
+measured is what decoding really held: the prompt, its padding and all generated tokens but the last.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from mha2mla import cache_bytes
+
+
+@dataclass
+class CacheReading:
+    """Bytes held, and the positions they were held for: batch × cached tokens, summed over batches."""
+
+    bytes: int = 0
+    positions: int = 0
+    layers: int = 0
+    largest: int = 0  # bytes of the largest batch
+
+    def add(self, cache: Any, batch: int) -> None:
+        held = cache_bytes(cache)
+        self.bytes += held
+        self.positions += batch * cache.get_seq_length()
+        self.layers = len(cache.layers)
+        self.largest = max(self.largest, held)
+
+    @property
+    def per_token_per_layer(self) -> float:
+        return self.bytes / (self.positions * self.layers)
+
+
+@dataclass
+class Stops:
+    """Token ids that end an output (all models compared use the original's), and the one that pads."""
+
+    ends: list[int]
+    pad: int
+    newline: int
+
+
+class FirstLine(StoppingCriteria):
+    """Stops an output once its first non-empty line is complete: what follows counts for nothing."""
+
+    def __init__(self, tokenizer: Any, prompt_length: int):
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        done = ["\n" in text.lstrip("\n") for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first: whatever does not fit in memory fails at once."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[torch.Tensor],  # 1-D ids each
+    max_new_tokens: int,
+    stops: Stops,
+    reading: CacheReading,
+    first_line: bool = False,
+    newline_ends: bool = False,
+) -> list[str]:
+    """The outputs of one batch as text, without special tokens; adds the cache's bytes to `reading`."""
+    longest = max(len(ids) for ids in prompts)
+    input_ids = torch.full((len(prompts), longest), stops.pad)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, longest - len(ids) :] = ids
+        mask[row, longest - len(ids) :] = 1
+    # Set on the model, or `generate` would fill what is not given from the checkpoint's own settings.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=1 if newline_ends else None,
+        eos_token_id=[*stops.ends, stops.newline] if newline_ends else stops.ends,
+        pad_token_id=stops.pad,
+    )
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            past_key_values=cache,
+            stopping_criteria=StoppingCriteriaList([FirstLine(tokenizer, longest)]) if first_line else None,
+        )
+    reading.add(cache, len(prompts))
+    ended = set(model.generation_config.eos_token_id)
+    return [tokenizer.decode(until(row, ended), skip_special_tokens=True) for row in output[:, longest:].tolist()]
+
+
+def until(ids: list[int], ends: set[int]) -> list[int]:
+    """Ids before the first that ends the output."""
+    return next((ids[:place] for place, token in enumerate(ids) if token in ends), ids)

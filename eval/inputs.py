@@ -1,0 +1,105 @@
+"""Everything the models are scored on, made once and before any of them is loaded: prompts and windows."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from conf.schema import Config
+from eval.generate import Stops
+from eval.perplexity import packed_windows, text_windows
+from eval.prompts import Prompt, Prompter, prompts_digest
+from eval.sources import load_rows
+from eval.tasks import Row, Task
+
+
+@dataclass
+class TaskInputs:
+    task: Task
+    rows: list[Row]
+    prompts: list[Prompt]
+    digest: str
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+
+@dataclass
+class TextInputs:
+    """Windows of one text for perplexity."""
+
+    name: str
+    windows: list[torch.Tensor]
+    digest: str
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(window) for window in self.windows)
+
+
+@dataclass
+class Inputs:
+    texts: list[TextInputs]
+    tasks: list[TaskInputs]
+    tokenizer: Any
+    stops: Stops
+    dtype: torch.dtype  # of every model compared
+
+
+def prepare(config: Config, model: str, sampled: Path) -> Inputs:
+    """Inputs for the models of one configuration; raises ValueError for whatever cannot be evaluated.
+
+    `model` is the original's folder or hub id, whose tokenizer, window and stop tokens hold for all.
+    """
+    options, revision = config.eval, config.model.revision
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    original = AutoConfig.from_pretrained(model, revision=revision)
+    prompter = Prompter(tokenizer, window_of(original), options.max_length, options.chat_template)
+    texts = [("validation", packed_windows(sampled, options.perplexity_sequence_length, options.perplexity_tokens))]
+    if options.perplexity_text:
+        file = Path(options.perplexity_text).expanduser()
+        if not file.is_file():
+            raise ValueError(f"eval.perplexity_text={file}: no such file")
+        windows = text_windows(tokenizer, file, options.perplexity_sequence_length, options.perplexity_tokens)
+        texts.append((file.stem, windows))
+    tasks = []
+    for task, rows in load_rows(options, prompter.fits):
+        prompts = [prompter.encode(task, row) for row in rows]
+        tasks.append(TaskInputs(task, rows, prompts, prompts_digest(prompts)))
+    dtype = options.dtype.value
+    return Inputs(
+        texts=[TextInputs(name, windows, windows_digest(windows)) for name, windows in texts],
+        tasks=tasks,
+        tokenizer=tokenizer,
+        stops=stops_of(tokenizer, model, revision),
+        dtype=(original.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype),
+    )
+
+
+def window_of(config: Any) -> int:
+    """Positions that the model was made for."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+
+def stops_of(tokenizer: Any, model: str, revision: str | None) -> Stops:
+    """The end tokens of the tokenizer and of the checkpoint's generation settings."""
+    try:
+        stored = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
+    except OSError:
+        stored = None
+    stored = stored if isinstance(stored, list) else [stored]
+    ends = sorted({token for token in [tokenizer.eos_token_id, *stored] if token is not None})
+    pad = next((token for token in [tokenizer.pad_token_id, *ends] if token is not None), 0)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return Stops(ends, pad, newline[-1] if newline else pad)
+
+
+def windows_digest(windows: list[torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for window in windows:
+        sha.update(len(window).to_bytes(4, "little") + window.to(torch.int32).numpy().tobytes())
+    return sha.hexdigest()[:16]

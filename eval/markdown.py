@@ -1,0 +1,189 @@
+"""The text of a report: one sentence that says what was won, then the tables it rests on."""
+
+from typing import Any
+
+import yaml
+
+from eval.results import MODELS
+from eval.tables import MISSING, Rows, flat, markdown_table, number, percent, whole
+
+Results = dict[str, Any]
+
+
+def report_markdown(results: Results, picture: str) -> str:
+    parts = [
+        f"# {results['model']} · {results['point']}",
+        headline(results),
+        f"![KV-cache reduction against score drop]({picture})",
+        "## Summary",
+        markdown_table(*summary_rows(results)),
+        "## Tasks",
+        markdown_table(*task_rows(results)),
+        task_notes(results),
+        "## Cache, as measured",
+        markdown_table(*cache_rows(results)),
+        "Bytes of the tensors behind the cache after generation, on the same prompts for every model, "
+        f"in {results['dtype']} on {results['device']}.",
+        *conversion_section(results),
+        *healing_section(results),
+        "## Again",
+        f"```\n{results['command']}\n```",
+        markdown_table(*stage_rows(results)),
+        provenance_line(results),
+        "<details><summary>Full configuration</summary>\n\n```yaml\n"
+        + yaml.safe_dump(results["config"], sort_keys=False)
+        + "```\n\n</details>",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def headline(results: Results) -> str:
+    """One sentence: bytes, drop, perplexity."""
+    cache, drops = results["cache"], results["score_drop"]
+    before, after = (cache[model]["bytes_per_token_per_layer"] for model in ("original", "healed"))
+    saved = results["kv_cache_reduction"]["healed"]
+    text = next(iter(results["perplexity"]))
+    perplexities = results["perplexity"][text]
+    found = []
+    if saved is not None:
+        found.append(
+            f"The KV cache holds {number(after, 0)} bytes a token a layer instead of {number(before, 0)}, "
+            f"measured: {percent(saved)} less"
+        )
+    else:
+        found.append("No task was run, so the KV cache was not measured")
+    tokens = healing_tokens(results)
+    healing = f" after healing on {whole(tokens)} tokens" if tokens else ""
+    if drops["healed"]["points"] is not None:
+        points, share = drops["healed"]["points"], drops["healed"]["percent"]
+        relative = "" if share is None else f" ({abs(share):.1f} % of it)"
+        found.append(
+            f"{healing.strip()} the mean score over {len(results['tasks'])} tasks "
+            f"{'falls' if points >= 0 else 'rises'} by {number(abs(points))} points{relative}, "
+            f"from {number(results['score']['original'])} to {number(results['score']['healed'])} "
+            f"(not healed: {number(results['score']['converted'])})"
+        )
+        healing = ""
+    found.append(
+        f"{healing.strip()} perplexity on {text} is {number(perplexities['healed'], 2)} "
+        f"(original {number(perplexities['original'], 2)}, converted {number(perplexities['converted'], 2)})".strip()
+    )
+    return "; ".join(part.strip() for part in found) + "."
+
+
+def healing_tokens(results: Results) -> int | None:
+    rows = (results["healing"] or {}).get("validation") or (results["healing"] or {}).get("train") or []
+    return rows[-1].get("tokens") if rows else None
+
+
+def summary_rows(results: Results) -> tuple[list[str], Rows]:
+    texts = list(results["perplexity"])
+    header = ["model", "cache B/token", "reduction", "score", "drop", "drop %"]
+    header += [f"ppl {text[:12]}" for text in texts]
+    rows = []
+    for model in MODELS:
+        drops = results["score_drop"].get(model, {})
+        rows.append(
+            [
+                model,
+                whole(results["cache"][model]["bytes_per_token"]),
+                percent(results["kv_cache_reduction"].get(model)),
+                number(results["score"][model]),
+                number(drops.get("points")),
+                number(drops.get("percent")),
+                *(number(results["perplexity"][text][model], 2) for text in texts),
+            ]
+        )
+    return header, rows
+
+
+def task_rows(results: Results) -> tuple[list[str], Rows]:
+    header = ["task", "version", "rows", "cut", *MODELS, "drop"]
+    rows = [
+        [
+            name,
+            task["version"],
+            whole(task["rows"]),
+            whole(task["truncated"]),
+            *(number(task["score"][model]) for model in MODELS),
+            number(task["drop"]["healed"]["points"]),
+        ]
+        for name, task in results["tasks"].items()
+    ]
+    mean = [f"**mean of {len(rows)}**", "", "", ""]
+    mean += [number(results["score"][model]) for model in MODELS]
+    return header, [*rows, [*mean, number(results["score_drop"]["healed"]["points"])]]
+
+
+def task_notes(results: Results) -> str:
+    tasks = results["tasks"]
+    notes = ["Scores from 0 to 100; `drop` is original minus healed in points; `cut`: prompts that lost their middle."]
+    if tasks:
+        fewest = min(task["rows"] for task in tasks.values())
+        notes.append(f"One answer of the smallest task is {number(100 / fewest)} points of it.")
+    if results["not_compared"]:
+        notes.append(f"Not scored for every model and left out: {', '.join(results['not_compared'])}.")
+    return " ".join(notes)
+
+
+def cache_rows(results: Results) -> tuple[list[str], Rows]:
+    header = ["model", "B/token/layer", "layers", "B/token", "positions", "bytes in all", "largest batch", "reduction"]
+    rows = []
+    for model in MODELS:
+        cache = results["cache"][model]
+        figures = ("layers", "bytes_per_token", "positions", "bytes", "largest_batch_bytes")
+        per_layer = number(cache["bytes_per_token_per_layer"], 1)
+        saved = percent(results["kv_cache_reduction"].get(model), 2)
+        rows.append([model, per_layer, *(whole(cache[figure]) for figure in figures), saved])
+    return header, rows
+
+
+def conversion_section(results: Results) -> list[str]:
+    """The single figures of conversion.json, and its layers as a table if it has a list of them."""
+    report = results["conversion"]
+    if not report:
+        return []
+    figures = [
+        [name, number(value, 4) if isinstance(value, float) else str(value)] for name, value in flat(report).items()
+    ]
+    parts = ["## Conversion", markdown_table(["figure", "value"], figures)]
+    layers = report.get("layers")
+    if isinstance(layers, list) and layers and isinstance(layers[0], dict):
+        columns = [name for name, value in layers[0].items() if isinstance(value, int | float | str)]
+        rows = [
+            [number(row[name], 4) if isinstance(row[name], float) else str(row[name]) for name in columns]
+            for row in layers
+        ]
+        parts.append(f"<details><summary>Layer by layer</summary>\n\n{markdown_table(columns, rows)}\n\n</details>")
+    return parts
+
+
+def healing_section(results: Results) -> list[str]:
+    """Validation perplexity over healing, at most a dozen lines of it."""
+    history = results["healing"] or {}
+    rows = [row for row in history.get("validation", []) if isinstance(row, dict)]
+    if not rows:
+        return []
+    step = max(len(rows) // 12, 1)
+    shown = [row for place, row in enumerate(rows) if place % step == 0 or place == len(rows) - 1]
+    columns = [name for name in ("step", "tokens", "loss", "perplexity") if name in rows[0]]
+    cells = [
+        [whole(row[name]) if name in ("step", "tokens") else number(row.get(name), 3) for name in columns]
+        for row in shown
+    ]
+    speed = [row["tokens_per_second"] for row in history.get("train", []) if row.get("tokens_per_second")]
+    note = f"Training ran at {whole(sum(speed) / len(speed))} tokens/s." if speed else ""
+    return ["## Healing", markdown_table(columns, cells), note]
+
+
+def stage_rows(results: Results) -> tuple[list[str], Rows]:
+    rows = [[name, number(each["seconds"], 0), each["finished"]] for name, each in results["stages"].items()]
+    return ["stage", "seconds", "finished"], rows
+
+
+def provenance_line(results: Results) -> str:
+    made = results["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
+    hardware = ", ".join(f"{name} {value}" for name, value in made.get("hardware", {}).items())
+    commit = made.get("commit") or MISSING
+    return f"Made {results['date']} from commit {commit} on {hardware}; {versions}."

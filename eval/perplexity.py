@@ -1,0 +1,115 @@
+"""Perplexity over windows of tokens: exp of the mean loss per predicted token.
+
+Each window stands alone: its first token is given and predicted by nothing. Windows of a text are
+consecutive and made without special tokens; windows of packed training rows end where a document ends,
+so that no token is predicted from another document.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pyarrow.parquet as parquet
+import torch
+from torch.nn import functional
+
+FORWARD_TOKENS = 2048  # tokens of a forward pass, padding included
+HEAD_TOKENS = 512  # tokens whose logits over the whole vocabulary stand in memory at once
+SHORTEST = 16  # shorter pieces of documents are left out: they measure the first words of a text
+IGNORED = -100
+# Families that do something to the logits after the output layer; their own forward has to be used.
+AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def perplexity(model: Any, windows: Sequence[torch.Tensor], on_tokens: Callable[[int], None] | None = None) -> float:
+    """exp of the mean loss over all windows' predicted tokens; `windows` are 1-D ids of any lengths ≥ 2.
+
+    `on_tokens` is told how many tokens each forward pass has taken.
+    """
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for group in grouped(windows):
+            loss, tokens = batch_loss(model, group)
+            total, count = total + loss, count + tokens
+            if on_tokens:
+                on_tokens(sum(len(window) for window in group))
+    if not count:
+        raise ValueError("perplexity needs at least one window of two tokens")
+    mean = total / count
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def grouped(windows: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Windows of similar length together, FORWARD_TOKENS a group or a single window."""
+    group: list[torch.Tensor] = []
+    for window in sorted(windows, key=len, reverse=True):
+        if group and (len(group) + 1) * len(group[0]) > FORWARD_TOKENS:
+            yield group
+            group = []
+        group.append(window)
+    if group:
+        yield group
+
+
+def batch_loss(model: Any, windows: list[torch.Tensor]) -> tuple[float, int]:
+    """Summed loss and number of predicted tokens of windows padded on the right, where nothing looks back at it."""
+    length = len(windows[0])
+    ids = torch.zeros(len(windows), length, dtype=torch.long)
+    labels = torch.full((len(windows), length), IGNORED)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)] = window
+        labels[row, : len(window) - 1] = window[1:]
+    ids, labels = ids.to(model.device), labels.to(model.device)
+    keep = labels != IGNORED
+    targets = labels[keep]  # [predicted tokens]
+    if any(getattr(model.config, name, None) for name in AFTER_HEAD):
+        rows = model(input_ids=ids, use_cache=False).logits[keep].split(HEAD_TOKENS)
+    else:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[keep]
+        head = model.get_output_embeddings()
+        rows = (head(part) for part in hidden.split(HEAD_TOKENS))
+    loss = sum(
+        functional.cross_entropy(logits.float(), wanted, reduction="sum").item()
+        for logits, wanted in zip(rows, targets.split(HEAD_TOKENS), strict=True)
+    )
+    return loss, len(targets)
+
+
+def text_windows(tokenizer: Any, file: Path, length: int, tokens: int) -> list[torch.Tensor]:
+    """The first `tokens` tokens of a text file in consecutive windows of `length`."""
+    ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    count = min(tokens, len(ids)) // length
+    if not count:
+        raise ValueError(f"eval.perplexity_text={file} has {len(ids)} tokens, less than a window of {length}")
+    return list(torch.tensor(ids[: count * length]).view(count, length))
+
+
+def packed_windows(folder: Path, length: int, tokens: int) -> list[torch.Tensor]:
+    """Windows of at most `length` from the sampled validation split, about `tokens` tokens in all.
+
+    The rows taken are spread evenly over the split, whose documents may lie there source by source.
+    """
+    files = sorted(folder.glob("validation-*.parquet"))
+    if not files:
+        raise ValueError(f"{folder} holds no validation-*.parquet")
+    table = parquet.ParquetDataset(files).read(columns=["input_ids", "position_ids"])
+    pieces: list[torch.Tensor] = []
+    row_tokens = max(len(table["input_ids"][0]), 1)
+    wanted = min(max(round(tokens / row_tokens), 1), len(table))
+    for index in numpy.linspace(0, len(table) - 1, wanted).round().astype(int):
+        ids = torch.tensor(table["input_ids"][int(index)].as_py())
+        positions = torch.tensor(table["position_ids"][int(index)].as_py())
+        pieces += document_windows(ids, positions, length)
+    if not pieces:
+        raise ValueError(f"{folder}: no document of the validation split has {SHORTEST} tokens")
+    return pieces
+
+
+def document_windows(ids: torch.Tensor, positions: torch.Tensor, length: int) -> list[torch.Tensor]:
+    """One packed row cut where positions restart, then every `length` tokens."""
+    starts = (torch.nonzero(positions[1:] != positions[:-1] + 1).flatten() + 1).tolist()
+    bounds = [0, *starts, len(ids)]
+    pieces = [piece for a, b in zip(bounds, bounds[1:], strict=False) for piece in ids[a:b].split(length)]
+    return [piece for piece in pieces if len(piece) >= SHORTEST]

@@ -1,0 +1,127 @@
+"""Stage `report`: what a run has won and lost, as JSON, markdown, a picture and a W&B run.
+
+    python -m eval.report experiment=laptop
+
+Reads what the other stages left on disk (scores, conversion, healing curve) and computes nothing anew.
+"""
+
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from conf.errors import stage_main
+from conf.plan import Plan, plain
+from conf.schema import Config
+from conf.stage import provenance, read_record, write_json
+from conf.tracking import open_run
+from eval.markdown import report_markdown, summary_rows
+from eval.picture import draw
+from eval.results import MODELS, compare
+from eval.tables import text_table
+
+PICTURE = "reduction_vs_drop.png"
+
+
+def run_report(config: Config, overrides: list[str] | None = None) -> None:
+    """Write the report of one finished configuration; `overrides` are the words that made it."""
+    plan = Plan(config)
+    if plan.report.skip(config.force):
+        return
+    plan.original.require_finished()
+    plan.evaluate.require_finished()
+    results = collect(plan, overrides)
+    with plan.report.run(force=config.force) as stage:
+        write_json(stage.folder / "results.json", results)
+        draw([results], stage.folder / PICTURE, f"{results['model']}: {results['point']}")
+        (stage.folder / "report.md").write_text(report_markdown(results, PICTURE), encoding="utf-8")
+        stage.metrics |= scalars(results)
+        with open_run(config, stage, results["config"]) as run:
+            if run:
+                send(run, results, stage.folder / PICTURE)
+    print(text_table(*summary_rows(results)))
+    print(f"\nreport: {plan.report.folder / 'report.md'}", flush=True)
+
+
+def collect(plan: Plan, overrides: list[str] | None) -> dict[str, Any]:
+    """Everything that is known of one run, from the files of its stages."""
+    config = plan.config
+    scores = read(plan.original.folder / "scores.json") | read(plan.evaluate.folder / "scores.json")
+    results = compare({model: scores[model] for model in MODELS})
+    return {
+        "model": config.model.name,
+        "path": config.model.path,
+        "point": config.name,
+        **results,
+        "dtype": scores["original"]["dtype"],
+        "device": scores["original"]["device"],
+        "conversion": read(plan.convert.folder / "conversion.json"),
+        "healing": read(plan.finetune.folder / "history.json"),
+        "sampled": (read_record(plan.sample.folder) or {}).get("metrics", {}),
+        "stages": {
+            stage.name: {"seconds": record["seconds"], "finished": record["finished"], "folder": str(stage.folder)}
+            for stage in plan.stages
+            if (record := read_record(stage.folder))
+        },
+        "command": command(config, overrides),
+        "config": plain(config),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "provenance": (read_record(plan.evaluate.folder) or {}).get("provenance") or provenance(),
+    }
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A JSON file of another stage; empty where that stage does not write one."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def command(config: Config, overrides: list[str] | None) -> str:
+    """The words that run this configuration again."""
+    if overrides is None:
+        overrides = ["model=from_path", f"model.path={config.model.path}", f"name={config.name}"]
+    return shlex.join(["python", "-m", "train.pipeline", *overrides])
+
+
+def scalars(results: dict[str, Any]) -> dict[str, Any]:
+    """The single numbers of a report, by the names they have in W&B; missing ones are left out."""
+    found: dict[str, Any] = {
+        "kv_cache_reduction": results["kv_cache_reduction"]["healed"],
+        "score_drop": results["score_drop"]["healed"]["points"],
+        "score_drop_percent": results["score_drop"]["healed"]["percent"],
+        "score_drop_converted": results["score_drop"]["converted"]["points"],
+    }
+    found |= {f"score/{model}": value for model, value in results["score"].items()}
+    for model, cache in results["cache"].items():
+        found[f"cache_bytes_per_token/{model}"] = cache["bytes_per_token"]
+    for text, values in results["perplexity"].items():
+        found |= {f"perplexity/{text}/{model}": value for model, value in values.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def send(run: Any, results: dict[str, Any], picture: Path) -> None:
+    """Scalars, the table of tasks and the picture to a W&B run."""
+    import wandb
+
+    columns = ["task", "rows", *MODELS, "drop_converted", "drop_healed"]
+    data = [
+        [name, task["rows"], *(task["score"][model] for model in MODELS)]
+        + [task["drop"][model]["points"] for model in MODELS[1:]]
+        for name, task in results["tasks"].items()
+    ]
+    table = wandb.Table(columns=columns, data=data)
+    run.log(scalars(results) | {"scores": table, "reduction_vs_drop": wandb.Image(str(picture))})
+
+
+@hydra.main(config_path="../conf", config_name="config", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    overrides = list(HydraConfig.get().overrides.task)
+    stage_main(lambda config: run_report(config, overrides))(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""From the scores of three models to what is reported: averages, drops, cache reduction. No torch in here.
+
+Scores are points from 0 to 100. A score that is missing stays missing (None) in everything made from it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+MODELS = ("original", "converted", "healed")
+Scores = dict[str, Any]  # what eval/score.py returns for one model
+
+
+def mean_score(tasks: dict[str, Any], names: Iterable[str] | None = None) -> float | None:
+    """Average over tasks, each of the same weight."""
+    values = [tasks[name]["score"] for name in (tasks if names is None else names)]
+    return sum(values) / len(values) if values else None
+
+
+def common_tasks(models: dict[str, Scores]) -> list[str]:
+    """Tasks that every model has a score for; ValueError if they saw different inputs."""
+    first, *others = models.values()
+    names = [name for name in first["tasks"] if all(name in other["tasks"] for other in others)]
+    for name in names:
+        versions = {(scores["tasks"][name]["inputs"], scores["tasks"][name]["version"]) for scores in models.values()}
+        if len(versions) > 1:
+            raise ValueError(
+                f"task '{name}': the models were scored on different inputs or versions of the task; "
+                "run `make evaluate` again with force=true"
+            )
+    return names
+
+
+def cache_figures(scores: Scores) -> dict[str, Any]:
+    """Measured bytes of a model's cache over all batches of all tasks; per token a layer, and per token."""
+    readings = [task["cache"] for task in scores["tasks"].values()]
+    held, positions = (sum(reading[key] for reading in readings) for key in ("bytes", "positions"))
+    layers = readings[0]["layers"] if readings else 0
+    return {
+        "dtype": scores["dtype"],
+        "layers": layers,
+        "bytes": held,
+        "positions": positions,
+        "bytes_per_token": held / positions if positions else None,
+        "bytes_per_token_per_layer": held / positions / layers if positions else None,
+        "largest_batch_bytes": max((reading["largest_batch_bytes"] for reading in readings), default=None),
+    }
+
+
+def drop(original: float | None, score: float | None) -> dict[str, float | None]:
+    """Points lost, and their share of the original's score in percent; negative is a gain."""
+    if original is None or score is None:
+        return {"points": None, "percent": None}
+    return {"points": original - score, "percent": 100 * (original - score) / original if original else None}
+
+
+def reduction(original: dict[str, Any], other: dict[str, Any]) -> float | None:
+    """1 - measured bytes a token of `other` over the original's; ValueError if their dtypes differ."""
+    if original["dtype"] != other["dtype"]:
+        raise ValueError(
+            f"cache bytes do not compare: the original ran in {original['dtype']}, the other in {other['dtype']}; "
+            "give eval.dtype"
+        )
+    if not original["bytes_per_token"] or other["bytes_per_token"] is None:
+        return None
+    return 1 - other["bytes_per_token"] / original["bytes_per_token"]
+
+
+def compare(models: dict[str, Scores]) -> dict[str, Any]:
+    """The comparison of `models` (original first) that reports and sweeps are made from."""
+    names = common_tasks(models)
+    scores = {model: mean_score(found["tasks"], names) for model, found in models.items()}
+    caches = {model: cache_figures(found) for model, found in models.items()}
+    others = [model for model in models if model != "original"]
+    texts = list(models["original"]["perplexity"])
+    return {
+        "kv_cache_reduction": {model: reduction(caches["original"], caches[model]) for model in others},
+        "score": scores,
+        "score_drop": {model: drop(scores["original"], scores[model]) for model in others},
+        "perplexity": {
+            text: {model: found["perplexity"].get(text, {}).get("value") for model, found in models.items()}
+            for text in texts
+        },
+        "perplexity_tokens": {text: models["original"]["perplexity"][text]["tokens"] for text in texts},
+        "cache": caches,
+        "tasks": {
+            name: {
+                "rows": models["original"]["tasks"][name]["rows"],
+                "truncated": models["original"]["tasks"][name]["truncated"],
+                "version": models["original"]["tasks"][name]["version"],
+                "inputs": models["original"]["tasks"][name]["inputs"],
+                "score": {model: found["tasks"][name]["score"] for model, found in models.items()},
+                "drop": {
+                    model: drop(models["original"]["tasks"][name]["score"], models[model]["tasks"][name]["score"])
+                    for model in others
+                },
+            }
+            for name in names
+        },
+        "not_compared": sorted({name for found in models.values() for name in found["tasks"]} - set(names)),
+    }

@@ -1,0 +1,139 @@
+"""All scores of one model: perplexities and tasks, each written to disk as soon as it is complete.
+
+A folder per model holds `<task>.jsonl` (every output with its score) and, written after it, `<task>.json`;
+perplexities are `perplexity-<text>.json`. A score whose file is there for these very inputs is not computed
+again, so a killed evaluation goes on with the task it was at.
+"""
+
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+import mha2mla  # noqa: F401  registers the converted classes with the Auto classes
+from conf.stage import write_json
+from eval.generate import CacheReading, batches, generate
+from eval.inputs import Inputs, TaskInputs, TextInputs
+from eval.perplexity import perplexity
+from eval.progress import Progress
+
+
+def score_model(name: str, path: str, inputs: Inputs, folder: Path, batch_size: int, device: str) -> dict[str, Any]:
+    """Scores of the model at `path` (folder or hub id[@revision]) on all inputs; loads it only if one is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [(text, folder / f"perplexity-{text.name}.json") for text in inputs.texts]
+    tasks = [(each, folder / f"{each.task.name}.json") for each in inputs.tasks]
+    open_texts = [(text, file) for text, file in texts if not is_done(file, text.digest)]
+    open_tasks = [(each, file) for each, file in tasks if not is_done(file, each.digest, each.task.version)]
+    if len(open_texts) + len(open_tasks) < len(texts) + len(tasks):
+        print(
+            f"{name}: {len(texts) + len(tasks) - len(open_texts) - len(open_tasks)} scores are there already",
+            flush=True,
+        )
+    if open_texts or open_tasks:
+        model = load_model(path, inputs.dtype, device)
+        tokens = sum(text.tokens for text, _ in open_texts) + sum(each.tokens for each, _ in open_tasks)
+        with Progress(name, tokens) as progress:
+            for text, file in open_texts:
+                write_json(file, score_text(model, text, progress))
+            for each, file in open_tasks:
+                write_json(file, score_task(model, each, inputs, file.with_suffix(".jsonl"), batch_size, progress))
+        del model
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return {
+        "path": path,
+        "dtype": str(inputs.dtype).removeprefix("torch."),
+        "device": device,
+        "perplexity": {text.name: json.loads(file.read_text()) for text, file in texts},
+        "tasks": {each.task.name: json.loads(file.read_text()) for each, file in tasks},
+    }
+
+
+def is_done(file: Path, digest: str, version: str | None = None) -> bool:
+    """Whether a score is there, made from these inputs with this version of the task."""
+    if not file.exists():
+        return False
+    stored = json.loads(file.read_text())
+    return stored["inputs"] == digest and stored.get("version") == version
+
+
+def load_model(path: str, dtype: torch.dtype, device: str) -> Any:
+    logging.disable_progress_bar()
+    where, _, revision = path.partition("@")
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, revision=revision or None)
+    return model.to(device).eval()
+
+
+def score_text(model: Any, text: TextInputs, progress: Progress) -> dict[str, Any]:
+    started = time.time()
+    value = perplexity(model, text.windows, progress.advance)
+    progress.line(f"perplexity {text.name} {value:.2f} ({text.tokens} tokens)")
+    return {
+        "value": value,
+        "tokens": text.tokens,
+        "windows": len(text.windows),
+        "inputs": text.digest,
+        "seconds": round(time.time() - started, 1),
+    }
+
+
+def score_task(
+    model: Any, each: TaskInputs, inputs: Inputs, outputs: Path, batch_size: int, progress: Progress
+) -> dict[str, Any]:
+    """Generate, score and keep every row of one task."""
+    started, task, reading = time.time(), each.task, CacheReading()
+    kept: list[dict[str, Any]] = [{} for _ in each.rows]
+    for batch in batches([len(prompt.ids) for prompt in each.prompts], batch_size):
+        prompts = [each.prompts[index].ids for index in batch]
+        texts = generate(
+            model,
+            inputs.tokenizer,
+            prompts,
+            task.max_new_tokens,
+            inputs.stops,
+            reading,
+            first_line=task.first_line and not task.newline_ends,
+            newline_ends=task.newline_ends,
+        )
+        for index, text in zip(batch, texts, strict=True):
+            row, prompt = each.rows[index], each.prompts[index]
+            kept[index] = {
+                "_id": row["_id"],
+                "prompt_tokens": len(prompt.ids),
+                "truncated": prompt.truncated,
+                "answers": row["answers"],
+                "output": text,
+                "score": task.score(row, text),
+            }
+        progress.advance(sum(len(ids) for ids in prompts))
+    write_lines(outputs, kept)
+    score = 100 * sum(row["score"] for row in kept) / len(kept)
+    progress.line(f"{task.name} {score:.1f} ({len(kept)} rows)")
+    return {
+        "score": score,
+        "rows": len(kept),
+        "truncated": sum(row["truncated"] for row in kept),
+        "version": task.version,
+        "inputs": each.digest,
+        "prompt_tokens": each.tokens,
+        "cache": {
+            "bytes": reading.bytes,
+            "positions": reading.positions,
+            "layers": reading.layers,
+            "largest_batch_bytes": reading.largest,
+        },
+        "seconds": round(time.time() - started, 1),
+    }
+
+
+def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(file)

@@ -1,0 +1,187 @@
+"""One table and one picture over all points of a sweep.
+
+    python -m eval.sweep outputs/sweeps/20250101-120000      a sweep's folder: its points' `point.json` say where
+    python -m eval.sweep RUN_FOLDER RUN_FOLDER --output DIR  any runs that have a report
+
+`train.pipeline --multirun` calls it when the last point has ended. Points that failed stand in the table's
+notes with their error. Writes `sweep.json`, `sweep.md` and `reduction_vs_drop.png`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from conf.schema import Config, typed_config
+from conf.stage import Stage, provenance, write_json
+from conf.tracking import open_run
+from eval.picture import draw
+from eval.report import PICTURE, scalars
+from eval.results import MODELS
+from eval.tables import Rows, markdown_table, number, percent, text_table, whole
+
+
+def sweep_report(points: list[Path], folder: Path, failed: dict[str, str], run: Any = None) -> dict[str, Any]:
+    """Compare the reports of `points` (run folders) and write the sweep's files into `folder`.
+
+    `failed` maps a point's name to its error; a point without a report joins it. `run` is a W&B run that
+    gets the same table, picture and scalars. Returns what `sweep.json` holds.
+    """
+    results = load_results(points)
+    missing = [point for point in points if not report_of(point).exists()]
+    failed = {point.name: f"{report_of(point)} does not exist: no report was made" for point in missing} | failed
+    sweep = {
+        "points": [
+            {"model": each["model"], "point": each["point"], "command": each["command"], "date": each["date"]}
+            | scalars(each)
+            for each in results
+        ],
+        "failed": failed,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "provenance": provenance(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "sweep.json", sweep)
+    if results:
+        draw(results, folder / PICTURE, sweep_title(results))
+        if run:
+            send(run, results, folder / PICTURE, failed)
+    (folder / "sweep.md").write_text(sweep_markdown(results, failed), encoding="utf-8")
+    return sweep
+
+
+def report_of(point: Path) -> Path:
+    return point / "report" / "results.json"
+
+
+def load_results(points: list[Path]) -> list[dict[str, Any]]:
+    """Results of the points that have a report, the smallest reduction first."""
+    results = [json.loads(report_of(point).read_text()) for point in points if report_of(point).exists()]
+    return sorted(results, key=lambda result: (result["kv_cache_reduction"]["healed"] or 0, result["point"]))
+
+
+def sweep_title(results: list[dict[str, Any]]) -> str:
+    models = sorted({result["model"] for result in results})
+    return f"{', '.join(models)}: {len(results)} point{'s' * (len(results) > 1)}"
+
+
+def sweep_rows(results: list[dict[str, Any]]) -> tuple[list[str], Rows]:
+    """One row per point after the original's, by reduction."""
+    if not results:
+        return ["point"], []
+    text = next(iter(results[0]["perplexity"]))
+    header = ["point", "B/token", "reduction", "score", "drop", f"ppl {text[:10]}", "not healed"]
+    first = results[0]
+    original = [
+        "original",
+        whole(first["cache"]["original"]["bytes_per_token"]),
+        percent(0.0),
+        number(first["score"]["original"]),
+        number(0.0) if first["score"]["original"] is not None else number(None),
+        number(first["perplexity"][text]["original"], 2),
+        number(None),
+    ]
+    rows = [
+        [
+            result["point"],
+            whole(result["cache"]["healed"]["bytes_per_token"]),
+            percent(result["kv_cache_reduction"]["healed"]),
+            number(result["score"]["healed"]),
+            number(result["score_drop"]["healed"]["points"]),
+            number(result["perplexity"].get(text, {}).get("healed"), 2),
+            number(result["perplexity"].get(text, {}).get("converted"), 2),
+        ]
+        for result in results
+    ]
+    return header, [original, *rows]
+
+
+def sweep_markdown(results: list[dict[str, Any]], failed: dict[str, str]) -> str:
+    parts = [f"# Sweep: {sweep_title(results)}" if results else "# Sweep: no point has finished"]
+    if results:
+        parts += [
+            f"![KV-cache reduction against score drop]({PICTURE})",
+            markdown_table(*sweep_rows(results)),
+            "Healed models, and in the last column the perplexity before healing; cache bytes are measured.",
+            "## Again",
+            "```\n" + "\n".join(result["command"] for result in results) + "\n```",
+        ]
+    if failed:
+        parts += ["## Points that failed", markdown_table(["point", "error"], [[*pair] for pair in failed.items()])]
+    return "\n\n".join(parts) + "\n"
+
+
+def send(run: Any, results: list[dict[str, Any]], picture: Path, failed: dict[str, str]) -> None:
+    """The table and the picture to W&B, and one step a point for its curves."""
+    import wandb
+
+    for result in results:
+        run.log(scalars(result))
+    columns = ["point", "kv_cache_reduction", *(f"score_{model}" for model in MODELS), "drop_converted", "drop_healed"]
+    data = [
+        [result["point"], result["kv_cache_reduction"]["healed"]]
+        + [result["score"][model] for model in MODELS]
+        + [result["score_drop"][model]["points"] for model in MODELS[1:]]
+        for result in results
+    ]
+    table = wandb.Table(columns=columns, data=data)
+    run.log({"points": table, "reduction_vs_drop": wandb.Image(str(picture)), "failed_points": len(failed)})
+
+
+def read_points(folders: list[Path]) -> tuple[list[Path], dict[str, str]]:
+    """Run folders and failures: from `*/point.json` of a sweep's folder, or the folders themselves."""
+    points: dict[Path, None] = {}
+    failed = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
+        files = sorted(folder.glob("*/point.json"), key=lambda file: (len(file.parent.name), file.parent.name))
+        for file in files:
+            point = json.loads(file.read_text())
+            if point["status"] == "finished":
+                points[Path(point["run_dir"])] = None
+            else:
+                name = " ".join(point["overrides"]) or file.parent.name
+                failed[name] = point.get("error") or "did not come to its end (killed, or still running)"
+        if not files:
+            points[folder] = None
+    return list(points), failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.sweep", description="Table and picture over several runs.")
+    parser.add_argument("folders", nargs="+", type=Path, help="a sweep's folder, or the folders of runs")
+    parser.add_argument("--output", type=Path, help="where to write; default: the first folder")
+    options = parser.parse_args(arguments)
+    try:
+        points, failed = read_points(options.folders)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    folder = options.output or options.folders[0]
+    results = load_results(points)
+    with sweep_run(results, folder) if results else nullcontext() as run:
+        sweep = sweep_report(points, folder, failed, run)
+    if results:
+        print(text_table(*sweep_rows(results)))
+    for name, reason in sweep["failed"].items():
+        print(f"failed: {name}: {reason}")
+    print(f"\nsweep: {folder / 'sweep.md'}", flush=True)
+    return 0 if results else 1
+
+
+def sweep_run(results: list[dict[str, Any]], folder: Path) -> AbstractContextManager[Any]:
+    """A W&B run for the sweep, with the tracking settings of its points."""
+    config = typed_config(OmegaConf.merge(OmegaConf.structured(Config), results[0]["config"]))
+    config.name = "sweep"
+    stage = Stage("sweep", folder, {}, {result["point"]: result["date"] for result in results})
+    return open_run(config, stage, {"points": [result["point"] for result in results]})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Perplexity of conversions that nothing has healed: what each choice of pairs and factors costs by itself.
+
+    python -m eval.training_free study.text=wikitext2_test.txt
+
+Every point of `study.points` is converted from the same original and measured on the same windows in float32.
+Writes `outputs/<model>/training_free.json`, one row a point, with its reference where there is one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import transformers
+from omegaconf import DictConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conf.errors import stage_main
+from conf.models import local_model
+from conf.plan import plain
+from conf.schema import Config, StudyPoint
+from conf.stage import fingerprint, provenance, write_json
+from data.calibration import calibration_batches
+from eval.perplexity import perplexity, text_windows
+from mha2mla import ConversionOptions, collect_statistics, convert, resolve_options
+from mha2mla.partial_rope import NEEDS_CALIBRATION
+
+COLUMNS = "{:<28} {:>4} {:>4} {:>8} {:>11} {:>11} {:>7}"
+
+
+def rows(config: Config) -> Iterator[dict[str, Any]]:
+    """The original's perplexity, then a row for every point as it is measured."""
+    study = config.study
+    if not study.text or not Path(study.text).is_file():
+        raise ValueError(f"study.text={study.text}: give a plain text file to measure perplexity on")
+    source = local_model(config)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = text_windows(tokenizer, Path(study.text), study.sequence_length, study.tokens)
+    points = [(point, options_of(point)) for point in study.points]
+    for _, options in points:
+        resolve_options(model.config, options)
+    statistics = None
+    if any(point.partial_rope in NEEDS_CALIBRATION for point in study.points):
+        statistics = collect_statistics(model, calibration_batches(config, tokenizer))
+    yield {"name": "original", "perplexity": perplexity(model, windows)}
+    for point, options in points:
+        converted, report = convert(model, options, statistics)
+        found = perplexity(converted, windows)
+        row = plain(point) | {"reduction": report.reduction, "perplexity": found}
+        if point.reference:
+            row["against_reference"] = found / point.reference - 1
+        yield row
+
+
+def options_of(point: StudyPoint) -> ConversionOptions:
+    names = [item.name for item in fields(ConversionOptions) if hasattr(point, item.name)]
+    return ConversionOptions(**{name: getattr(point, name) for name in names})
+
+
+@stage_main
+def run(config: Config) -> None:
+    found = []
+    print(COLUMNS.format("", "R", "r", "cache", "perplexity", "reference", "off"))
+    for row in rows(config):
+        off = row.get("against_reference")
+        print(
+            COLUMNS.format(
+                row["name"],
+                row.get("rope_dim") or "",
+                row.get("kv_lora_rank") or "",
+                f"{-100 * row['reduction']:.2f} %" if "reduction" in row else "",
+                f"{row['perplexity']:,.2f}",
+                f"{row['reference']:,g}" if row.get("reference") else "",
+                f"{100 * off:+.1f} %" if off is not None else "",
+            ),
+            flush=True,
+        )
+        found.append(row)
+    path = Path(config.output_dir) / str(config.model.name) / "training_free.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {"file": Path(str(config.study.text)).name, "fingerprint": fingerprint(str(config.study.text))}
+    measured = {"tokens": config.study.tokens, "sequence_length": config.study.sequence_length, "dtype": "float32"}
+    write_json(path, {"model": config.model.name, "text": text | measured, "rows": found, "provenance": provenance()})
+    print(f"written to {path}")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The README says what the results say, and its commands exist."""
+
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABLES = runpy.run_path(str(ROOT / "docs" / "make_tables.py"))
+
+
+def test_tables_are_those_of_the_results() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert TABLES["filled"](text) == text, "run `python docs/make_tables.py`"
+
+
+def test_a_changed_figure_is_noticed() -> None:
+    text = (ROOT / "README.md").read_text()
+    figure = re.search(r"\| original \| ([\d,]+) \|", text)
+    assert figure
+    assert TABLES["filled"](text.replace(figure[0], "| original | 1 |")) == text
+
+
+def test_a_missing_block_is_an_error() -> None:
+    with pytest.raises(ValueError, match="has no block"):
+        TABLES["filled"]("nothing here")
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE)) | {"bench", "test-slow", "report"}
+    assert {"finetune", "sweep", "convert"} <= targets
+    for target in targets:
+        run = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+
+
+def test_results_carry_their_provenance() -> None:
+    import json
+
+    files = sorted((ROOT / "docs" / "results").glob("*.json"))
+    assert len(files) >= 3
+    for file in files:
+        provenance = json.loads(file.read_text())["provenance"]
+        assert provenance["commit"] and provenance["hardware"] and provenance["versions"], file

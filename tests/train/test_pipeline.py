@@ -1,0 +1,94 @@
+"""The whole pipeline on a tiny model: one command to a healed model and a report, skipped when done, and a sweep."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mha2mla  # noqa: F401  registers the converted classes
+from eval.text import passages
+from tests.eval.tiny import write_original
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Command line of a run that takes seconds: a random model, a small local corpus, a few steps."""
+    root = tmp_path_factory.mktemp("pipeline")
+    write_original(root)
+    lines = [json.dumps({"text": text}) for text in passages()[:400]]
+    (root / "corpus.jsonl").write_text("\n".join(lines))
+    return [
+        "model=from_path",
+        f"model.path={root / 'model'}",
+        f"output_dir={root / 'outputs'}",
+        "data=local",
+        f"data.files=[{root / 'corpus.jsonl'}]",
+        "data.tokens=4096",
+        "data.validation_tokens=1024",
+        "data.sequence_length=64",
+        "calibration.tokens=512",
+        "calibration.sequence_length=64",
+        "finetune.global_batch_size=4",
+        "finetune.max_steps=6",
+        "finetune.log_every=2",
+        "eval.tasks=[passkey]",
+        "eval.limit=2",
+        "eval.max_length=300",
+        "eval.perplexity_tokens=256",
+        "eval.perplexity_sequence_length=32",
+        "launch.device=cpu",
+    ]
+
+
+def pipeline(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "train.pipeline", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_one_command_to_a_healed_model_and_a_report(words: list[str]) -> None:
+    run = pipeline(*words, "mla.kv_lora_rank=8", "name=point")
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    folder = Path(words[2].split("=")[1]) / "model" / "point"
+    results = json.loads((folder / "report" / "results.json").read_text())
+    assert (folder / "report" / "report.md").stat().st_size > 500
+    assert (folder / "report" / "reduction_vs_drop.png").stat().st_size > 5000
+    # R is an eighth of the keys (4 of 16, in whole pairs of two heads), so 12 numbers stand against 32.
+    assert f"{100 * (1 - 12 / 32):.2f}" in (folder / "report" / "report.md").read_text()
+    assert results["model"] == "model"
+    healed = AutoModelForCausalLM.from_pretrained(folder / "finetune")
+    converted = AutoModelForCausalLM.from_pretrained(folder / "convert")
+    assert not torch.equal(
+        healed.model.layers[0].self_attn.o_proj.weight, converted.model.layers[0].self_attn.o_proj.weight
+    )
+    assert AutoTokenizer.from_pretrained(folder / "finetune").eos_token == "</s>"
+
+    again = pipeline(*words, "mla.kv_lora_rank=8", "name=point")
+    assert again.returncode == 0
+    assert again.stdout.count("skipped") == 6 and "== " not in again.stdout
+
+    changed = pipeline(*words, "mla.kv_lora_rank=8", "name=point", "finetune.learning_rate=-1")
+    assert changed.returncode == 1
+    assert changed.stderr.strip() == "error: finetune.learning_rate=-1.0 must be positive"
+
+
+def test_a_sweep_survives_a_failing_point_and_reports_all(words: list[str]) -> None:
+    run = pipeline("--multirun", "mla.kv_lora_rank=6,999,10", *words)
+    assert run.returncode == 1
+    assert "kv_lora_rank=999" in run.stderr and "full rank is 28" in run.stderr
+    [folder] = (Path(words[2].split("=")[1]) / "sweeps").iterdir()
+    points = [json.loads(file.read_text()) for file in sorted(folder.glob("*/point.json"))]
+    assert [point["status"] for point in points] == ["finished", "failed", "finished"]
+    table = (folder / "sweep.md").read_text()
+    assert "mla.kv_lora_rank=999" in table or "r999" in table
+    assert f"{100 * (1 - 10 / 32):.2f}" in table and f"{100 * (1 - 14 / 32):.2f}" in table
+    assert list(folder.glob("*.png"))
+    # The sample and the original's scores were made once for both points.
+    assert run.stdout.count("== sample ==") <= 1

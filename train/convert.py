@@ -1,0 +1,104 @@
+"""Stage `convert`: the pretrained model becomes one with latent attention.
+
+    python -m train.convert model=from_path model.path=org/name mla.kv_lora_rank=64
+
+Writes a checkpoint that loads by itself, and `conversion.json`: what was asked for, what each layer lost, and the
+perplexity of original and converted model on text that no later stage trains on.
+"""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import transformers
+from omegaconf import DictConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from conf.errors import stage_main
+from conf.models import local_model
+from conf.plan import Plan
+from conf.schema import Config, Device, Dtype
+from conf.stage import write_json
+from data.calibration import calibration_batches, heldout_batches
+from mha2mla import ConversionOptions, collect_statistics, convert, resolve_options
+from mha2mla.compare import compare
+from train.checkpoint import appearing_in
+from train.memory import peak_memory_gib
+
+
+def options_of(config: Config) -> ConversionOptions:
+    return ConversionOptions(**{item.name: getattr(config.mla, item.name) for item in fields(ConversionOptions)})
+
+
+def load_pretrained(config: Config) -> tuple[Any, Any]:
+    """The original model on the device that conversion runs on, and its tokenizer; checks the options first."""
+    source = local_model(config)
+    try:
+        pretrained = AutoConfig.from_pretrained(source, revision=config.model.revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"model.path={config.model.path} cannot be loaded ({reason}); "
+            "give a hub id such as org/name that this machine can reach, or a local checkpoint folder"
+        ) from error
+    resolve_options(pretrained, options_of(config))
+    if config.launch.device is Device.cuda and not torch.cuda.is_available():
+        raise ValueError("launch.device=cuda, but torch sees no CUDA device; use launch.device=auto or cpu")
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=config.model.revision)
+    dtype: Any = "auto" if config.model.dtype is Dtype.auto else getattr(torch, config.model.dtype.value)
+    model = AutoModelForCausalLM.from_pretrained(source, revision=config.model.revision, dtype=dtype)
+    on_gpu = config.launch.device is not Device.cpu and torch.cuda.is_available()
+    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
+
+
+def convert_model(config: Config, folder: Path) -> dict[str, Any]:
+    """Convert, measure and save into `folder`; returns the stage's metrics."""
+    model, tokenizer = load_pretrained(config)
+    heldout = list(heldout_batches(config, tokenizer))
+    print(f"convert: collecting statistics over {config.calibration.tokens:,} tokens", flush=True)
+    statistics = collect_statistics(model, calibration_batches(config, tokenizer))
+    converted, report = convert(model, options_of(config), statistics)
+    print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)
+    comparison = compare(model, converted, heldout)
+    with appearing_in(folder) as whole:
+        converted.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        write_json(whole / "conversion.json", report.to_dict() | {"comparison": asdict(comparison)})
+    print(
+        f"convert: perplexity {comparison.perplexity_original:.2f} -> {comparison.perplexity_converted:,.2f} "
+        f"before healing ({comparison.tokens:,} held-out tokens)",
+        flush=True,
+    )
+    return {
+        "cache_size": report.cache_size,
+        "original_cache_size": report.original_cache_size,
+        "reduction": report.reduction,
+        "calibration_tokens": statistics.tokens,
+        "peak_memory_gib": peak_memory_gib(model.device),
+        **asdict(comparison),
+    }
+
+
+def summary(size: int, original: int, reduction: float) -> str:
+    return f"{size} numbers a token a layer instead of {original} (-{100 * reduction:.2f} %)"
+
+
+@stage_main
+def run(config: Config) -> None:
+    stage = Plan(config).convert
+    if stage.skip(config.force):
+        return
+    with stage.run(force=config.force):
+        stage.metrics |= convert_model(config, stage.folder)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Heal a converted model by training it on the sampled data.
+
+    python -m train.finetune                                              one process, GPU or CPU
+    accelerate launch --num_processes 8 -m train.finetune                 eight GPUs
+    torchrun --nproc_per_node 2 -m train.finetune launch.device=cpu       two CPU processes
+
+One, two or many processes give the same training, and so does one that was killed and started again: every
+optimiser step takes a fixed set of sequences (train/batches.py), its loss is divided by the number of target
+tokens of them all, dropout is seeded per micro-batch, and checkpoints hold the rest (train/checkpoint.py).
+
+The folder of the stage ends up as an ordinary checkpoint of the converted model's class and dtype, with
+`history.json` beside it.
+"""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import datasets
+import hydra
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from omegaconf import DictConfig
+from torch import nn
+
+from conf.errors import stage_main
+from conf.plan import Plan, plain
+from conf.schema import Config, FinetuneConfig
+from conf.tracking import open_run
+from train.batches import PackedRows, TrainingOrder, micro_batch, mix_seed
+from train.checkpoint import load_checkpoint, save_checkpoint, without_wrappers
+from train.launch import start
+from train.losses import IGNORE, cross_entropy, loss_function
+from train.memory import peak_memory_gib
+from train.model import save_model, trainable_model
+from train.progress import Display
+from train.schedule import learning_rate_factor
+
+Log = Callable[[dict[str, float], int], Any]  # values by name, step
+
+
+def finetune(
+    model_dir: Path,
+    data_dir: Path,
+    output: Path,
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    log: Log | None = None,
+) -> dict[str, Any]:
+    """Train the checkpoint in `model_dir` on the shards in `data_dir`; write the result into `output`.
+
+    Called by every process alike. Continues from the last checkpoint in `output/checkpoints` if there is one.
+    Returns the metrics of the run. Raises ValueError for settings that cannot work, before training starts.
+    """
+    check_settings(config, accelerator.num_processes)
+    loss_of = loss_function(config.loss)
+
+    # Model and data. The same seed everywhere: new weights (LoRA) must start alike on all processes.
+    set_seed(config.seed)
+    model = trainable_model(model_dir, config)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    with accelerator.local_main_process_first():
+        train_rows = PackedRows(data_dir, "train", vocab_size)
+        validation_rows = PackedRows(data_dir, "validation", vocab_size)
+    order = TrainingOrder(len(train_rows), config.global_batch_size, config.epochs, config.seed)
+    steps = number_of_steps(config, order, train_rows)
+
+    # What is trained, and how.
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained_parameters = sum(parameter.numel() for parameter in trained)
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = torch.optim.AdamW(trained, config.learning_rate, betas, weight_decay=config.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    without_wrappers(accelerator)
+    progress = load_checkpoint(accelerator, output / "checkpoints")
+
+    display = Display(steps, progress.step, shown=accelerator.is_main_process)
+    display.line(
+        f"finetune: {trained_parameters / 1e6:.1f} of {parameters / 1e6:.1f} M parameters, {steps} steps of "
+        f"{config.global_batch_size} x {train_rows.length} tokens\n"
+        f"          on {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
+        + (f", going on after step {progress.step}" if progress.step else "")
+    )
+
+    def record(row: dict[str, float], group: str) -> None:
+        """A new row of the history: to disk, and to the tracker."""
+        if accelerator.is_main_process:
+            progress.write_history(output / "history.json")
+            if log:
+                log({f"{group}/{name}": value for name, value in row.items() if name != "step"}, progress.step)
+
+    def validate() -> None:
+        loss = validation_loss(accelerator, model, validation_rows, config)
+        row = progress.log_validation(loss, math.exp(loss))
+        record(row, "validation")
+        display.line(f"step {progress.step}/{steps}  validation perplexity {row['perplexity']:.3f}")
+
+    if not progress.validation:
+        validate()
+    model.train()
+    for step in range(progress.step, steps):
+        began = time.perf_counter()
+        lr = config.learning_rate * learning_rate_factor(step, steps, config.warmup_fraction, config.decay_fraction)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # The whole global batch, the same on every process; each trains on every n-th micro-batch of it.
+        batch = train_rows.batch(order.rows(step))
+        targets = max(int((batch["labels"] != IGNORE).sum()), 1)
+        micro_batches = config.global_batch_size // config.micro_batch_size
+        mine = range(accelerator.process_index, micro_batches, accelerator.num_processes)
+        loss_sum = torch.zeros((), device=accelerator.device)
+        for index in mine:
+            torch.manual_seed(mix_seed(config.seed, step, index))  # dropout follows the data, not the process
+            micro = micro_batch(batch, index, config.micro_batch_size, accelerator.device)
+            # Gradients are exchanged in the last backward alone, and averaged: hence the number of processes.
+            with nullcontext() if index == mine[-1] else accelerator.no_sync(model):
+                loss, _ = loss_of(model, micro)
+                accelerator.backward(loss * accelerator.num_processes / targets)
+            loss_sum += loss.detach()
+        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+        total = float(accelerator.reduce(loss_sum, "sum"))
+        check_finite(step, total / targets, grad_norm, accelerator.mixed_precision)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        tokens, seconds = batch["input_ids"].numel(), time.perf_counter() - began
+        progress.add(total, targets, tokens, seconds)
+        done = step + 1
+        row = progress.log_train(lr, grad_norm) if done % config.log_every == 0 or done == steps else None
+        if row:
+            record(row, "train")
+        display.step(row, total / targets, tokens / seconds)
+        if done % config.eval_every == 0 or done == steps:
+            validate()
+        if done % config.save_every == 0:
+            save_checkpoint(accelerator, progress, output / "checkpoints", config.keep_checkpoints)
+    display.close()
+
+    save_model(accelerator, model, model_dir, output, config)
+    perplexities = [row["perplexity"] for row in progress.validation]
+    return {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "train_loss": progress.train[-1]["loss"],
+        "validation_perplexity_start": perplexities[0],
+        "validation_perplexity": perplexities[-1],
+        "validation_perplexity_best": min(perplexities),
+        "train_seconds": round(progress.seconds, 1),
+        "tokens_per_second": round(progress.tokens / progress.seconds, 1),
+        "peak_memory_gib": peak_memory_gib(accelerator.device),
+        "parameters": parameters,
+        "trained_parameters": trained_parameters,
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def check_settings(config: FinetuneConfig, processes: int) -> None:
+    """What can be said without model and data."""
+    loss_function(config.loss)
+    share = config.micro_batch_size * processes
+    if config.global_batch_size % share:
+        raise ValueError(
+            f"finetune.global_batch_size={config.global_batch_size} must be a multiple of finetune.micro_batch_size="
+            f"{config.micro_batch_size} x {processes} processes (launch.num_processes), that is of {share}"
+        )
+
+
+def number_of_steps(config: FinetuneConfig, order: TrainingOrder, rows: PackedRows) -> int:
+    """`finetune.max_steps`, or all that the data give."""
+    steps = len(order) if config.max_steps is None else config.max_steps
+    if not 1 <= steps <= len(order):
+        raise ValueError(
+            f"finetune.max_steps={config.max_steps}, but {len(rows)} sequences of {rows.length} tokens x "
+            f"finetune.epochs={config.epochs} give {len(order)} steps of finetune.global_batch_size="
+            f"{config.global_batch_size}; change one of these, or sample more data (data.tokens)"
+        )
+    return steps
+
+
+def check_finite(step: int, loss: float, grad_norm: float, mixed_precision: str) -> None:
+    """Stop before a broken step reaches the weights (in fp16 the gradient scaler skips overflowing steps itself)."""
+    if not math.isfinite(loss) or (not math.isfinite(grad_norm) and mixed_precision != "fp16"):
+        raise ValueError(
+            f"training diverged in step {step + 1} (loss {loss}, gradient norm {grad_norm}); "
+            "lower finetune.learning_rate or raise finetune.warmup_fraction"
+        )
+
+
+@torch.no_grad()
+def validation_loss(accelerator: Accelerator, model: nn.Module, rows: PackedRows, config: FinetuneConfig) -> float:
+    """Mean cross-entropy over the first `finetune.eval_tokens` tokens of the validation split, in nats."""
+    number = min(len(rows), max(1, config.eval_tokens // rows.length))
+    size, rank, processes = config.micro_batch_size, accelerator.process_index, accelerator.num_processes
+    sums = torch.zeros(2, device=accelerator.device)
+    model.eval()
+    for first in range(0, number, size * processes):
+        mine = list(range(number))[first + rank * size : first + (rank + 1) * size]
+        batch = rows.batch(mine or [0])
+        if not mine:  # all processes must call a sharded model equally often
+            batch["labels"].fill_(IGNORE)
+        loss, targets = cross_entropy(model, micro_batch(batch, 0, size, accelerator.device))
+        sums += torch.stack([loss, targets])
+    model.train()
+    loss, targets = accelerator.reduce(sums, "sum").tolist()
+    return loss / max(targets, 1)
+
+
+def run(config: Config) -> None:
+    """The stage: what it needs must be finished, and it is not run again if it is."""
+    plan = Plan(config)
+    plan.convert.require_finished()
+    plan.sample.require_finished()
+    accelerator = start(config.finetune, config.launch)
+    main = accelerator.is_main_process
+    if plan.finetune.record() and not config.force:
+        if main:
+            plan.finetune.skip()
+        return
+    check_settings(config.finetune, accelerator.num_processes)
+    accelerator.wait_for_everyone()  # every process has looked before the main one changes the folder
+    with plan.finetune.run(resumable=True, force=config.force, main=main) as stage:
+        accelerator.wait_for_everyone()
+        settings = {"finetune": plain(config.finetune), "launch": plain(config.launch)}
+        if main:
+            print(yaml.safe_dump(settings, sort_keys=False), flush=True)
+        with open_run(config, stage, settings) if main else nullcontext() as tracker:
+            stage.metrics |= finetune(
+                plan.convert.folder,
+                plan.sample.folder,
+                stage.folder,
+                config.finetune,
+                accelerator,
+                tracker and (lambda values, step: tracker.log(values, step=step)),
+            )
+            if tracker:
+                tracker.summary.update(stage.metrics)
+    if main:
+        # Only now: until the stage is sealed they are what a restart needs, after it nothing reads them.
+        shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+    accelerator.end_training()
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it tells of every file of every checkpoint
+    stage_main(run)(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The model that fine-tuning trains: loaded in float32, with all, the attention's or LoRA's weights trainable;
+and saved again as what it was, an ordinary checkpoint of the converted model's class and dtype."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import mha2mla  # noqa: F401  registers the classes of converted models
+from conf.schema import FinetuneConfig, LoraConfig, Trainable
+from train.checkpoint import appearing_in
+
+ATTENTION = ".self_attn."  # in the names of all attention weights, in every family that transformers has
+
+
+def load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """A checkpoint folder, refused if any weight is missing or the file is cut short."""
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:
+        raise ValueError(
+            f"{folder} holds no whole checkpoint ({type(error).__name__}: {error}); "
+            "make it again with `make convert ARGS=force=true`"
+        ) from error
+    if found["missing_keys"]:
+        names = ", ".join(sorted(found["missing_keys"])[:3])
+        raise ValueError(f"{folder} lacks {len(found['missing_keys'])} weights ({names}, ...); convert the model again")
+    return model
+
+
+def trainable_model(folder: Path, config: FinetuneConfig) -> nn.Module:
+    """The model in float32 master weights, with `requires_grad` on what `finetune.trainable` names."""
+    model = load_model(folder, torch.float32)
+    if config.trainable is Trainable.all:
+        return model
+    if not any(ATTENTION in name for name, _ in model.named_parameters()):
+        raise ValueError(
+            f"finetune.trainable={config.trainable.value}: {type(model).__name__} has no {ATTENTION} weights"
+        )
+    if config.trainable is Trainable.lora:
+        return with_lora(model, config.lora)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(ATTENTION in name)
+    return model
+
+
+def with_lora(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
+    """Low-rank adapters on every linear layer of the attention, whatever its projections are called."""
+    layers = [name for name, module in model.named_modules() if ATTENTION in name and isinstance(module, nn.Linear)]
+    init: Any = True if lora.init_lora_weights == "default" else lora.init_lora_weights
+    options = PeftConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        init_lora_weights=init,
+        target_modules=layers,
+    )
+    peft_model = get_peft_model(model, options)
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+def save_model(accelerator: Accelerator, model: nn.Module, source: Path, output: Path, config: FinetuneConfig) -> None:
+    """Write the trained weights into `output` in the class and dtypes of the checkpoint in `source`.
+
+    Called by every process. The weights go into fresh models rather than out of the trained one, which may be
+    wrapped, compiled, sharded or adapted.
+    """
+    state = accelerator.get_state_dict(model)  # the whole of a sharded model, on the main process
+    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}  # torch.compile's wrapper
+    if accelerator.is_main_process:
+        if config.trainable is Trainable.lora:
+            adapted = trainable_model(source, config)
+            adapted.load_state_dict(state)
+            state = adapted.merge_and_unload().state_dict()
+        healed = load_model(source, "auto")
+        healed.load_state_dict(state)
+        with appearing_in(output) as folder:
+            healed.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    accelerator.wait_for_everyone()
