@@ -62,8 +62,11 @@ def local_model(config: Config) -> str:
 def unpack_gguf(file: Path, target: Path) -> None:
     """Dequantise a GGUF file into a float32 checkpoint folder, which appears only when complete."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    print(f"unpacking {file.name} into {target} (once)", flush=True)
+    transformers.utils.logging.disable_progress_bar()
     folder, name = str(file.parent), file.name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     # transformers marks the result as quantised and then refuses to save it; the weights are plain by now.

@@ -26,35 +26,43 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
+    if value is None:
+        return "missing"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
 def where(provenance: dict[str, Any]) -> str:
     machine, versions = provenance["hardware"], provenance["versions"]
     device = ", ".join(machine["gpus"]) if machine.get("gpus") else f"{machine['cores']} CPU cores, no GPU"
-    return f"commit {provenance['commit']}, {device}, torch {versions['torch']}, transformers {versions['transformers']}"
+    libraries = f"torch {versions['torch']}, transformers {versions['transformers']}"
+    return f"commit {provenance['commit']}, {device}, {libraries}"
 
 
 def default_run() -> str:
     """The embedded default: cache, perplexity and score of original, converted and healed model."""
     run = load("default_run")
-    models = run["models"]
-    rows = [
-        [
-            name,
-            f"{model['bytes_per_token']:,.0f}",
-            f"{-100 * model['reduction']:.2f} %" if model["reduction"] else "",
-            number(model["perplexity"]),
-            "" if model.get("wikitext2") is None else number(model["wikitext2"]),
-            "missing" if model["score"] is None else f"{model['score']:.1f}",
-        ]
-        for name, model in models.items()
-    ]
-    head = ["", "cache bytes a token", "cache", "perplexity, held-out", "WikiText-2", "six tasks"]
+    texts, tasks = list(run["perplexity"]), len(run["tasks"])
+    rows = []
+    for name, cache in run["cache"].items():
+        cut = run["kv_cache_reduction"].get(name)
+        score = run["score"][name]
+        rows.append(
+            [
+                name,
+                f"{cache['bytes_per_token']:,.0f}",
+                "" if cut is None else f"{-100 * cut:.2f} %",
+                *(number(run["perplexity"][text][name]) for text in texts),
+                "missing" if score is None else f"{score:.1f}",
+            ]
+        )
+    head = ["", "cache bytes a token", "cache", *(f"perplexity, {text}" for text in texts), f"{tasks} tasks, 0-100"]
+    minutes = run["stages"]["finetune"]["seconds"] / 60
+    total = sum(stage["seconds"] for stage in run["stages"].values()) / 60
+    tokens = run["healing"]["validation"][-1]["tokens"]
     note = (
-        f"{run['model']}, {run['tokens']:,} tokens of healing in {run['minutes']:.0f} minutes, everything from set-up to "
-        f"report in {run['total_minutes']:.0f}; {where(run['provenance'])}. `docs/results/default_run.json`"
+        f"{run['model']} ({run['dtype']}), healed on {tokens:,} tokens in {minutes:.0f} minutes, all stages in "
+        f"{total:.0f}; {where(run['provenance'])}. `docs/results/default_run.json`"
     )
     return table(head, rows) + "\n\n" + note
 
@@ -100,10 +108,11 @@ TABLES: dict[str, Callable[[], str]] = {"default_run": default_run, "training_fr
 def filled(text: str) -> str:
     """The text with every marked block made anew; ValueError for a table without a block."""
     for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        block = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
         if not block.search(text):
             raise ValueError(f"README.md has no block <!-- {name} --> … <!-- /{name} -->")
-        text = block.sub(lambda match, made=make(): match[1] + made + match[2], text)
+        made = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
+        text = block.sub(made.replace("\\", r"\\"), text)
     return text
 
 

@@ -33,18 +33,19 @@ def run_evaluate(config: Config) -> None:
     inputs = prepare(config, model, plan.sample.folder)
     describe(inputs, device)
     if config.force or not plan.original.record():
-        revision = f"@{config.model.revision}" if config.model.revision else ""
-        score_stage(plan.original, {"original": model + revision}, inputs, config, device)
+        score_stage(plan.original, {"original": model}, config.model.revision, inputs, config, device)
     if config.force or not plan.evaluate.record():
         healed = {"converted": str(plan.convert.folder), "healed": str(plan.finetune.folder)}
-        score_stage(plan.evaluate, healed, inputs, config, device)
+        score_stage(plan.evaluate, healed, None, inputs, config, device)
 
 
-def score_stage(stage: Stage, models: dict[str, str], inputs: Inputs, config: Config, device: str) -> None:
+def score_stage(
+    stage: Stage, models: dict[str, str], revision: str | None, inputs: Inputs, config: Config, device: str
+) -> None:
     """Score each of `models` (name → path) into the stage's folder and seal it."""
     with stage.run(resumable=True, force=config.force):
         scores = {
-            name: score_model(name, path, inputs, stage.folder / name, config.eval.batch_size, device)
+            name: score_model(name, path, revision, inputs, stage.folder / name, config.eval.batch_size, device)
             for name, path in models.items()
         }
         write_json(stage.folder / "scores.json", scores)
@@ -65,9 +66,10 @@ def describe(inputs: Inputs, device: str) -> None:
     rows = sum(len(each.rows) for each in inputs.tasks)
     tokens = sum(each.tokens for each in inputs.tasks)
     cut = sum(prompt.truncated for each in inputs.tasks for prompt in each.prompts)
-    texts = ", ".join(f"{text.name} ({text.tokens} tokens)" for text in inputs.texts)
     print(f"evaluate: {len(inputs.tasks)} tasks, {rows} rows, {tokens} prompt tokens, {cut} prompts cut in the middle")
-    print(f"evaluate: perplexity on {texts}; {str(inputs.dtype).removeprefix('torch.')} on {device}", flush=True)
+    for text in inputs.texts:
+        print(f"evaluate: perplexity on {text.name}, {text.tokens} tokens")
+    print(f"evaluate: models in {str(inputs.dtype).removeprefix('torch.')} on {device}", flush=True)
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")

@@ -17,6 +17,7 @@ def report_markdown(results: Results, picture: str) -> str:
         f"![KV-cache reduction against score drop]({picture})",
         "## Summary",
         markdown_table(*summary_rows(results)),
+        text_notes(results),
         "## Tasks",
         markdown_table(*task_rows(results)),
         task_notes(results),
@@ -76,9 +77,10 @@ def healing_tokens(results: Results) -> int | None:
     return rows[-1].get("tokens") if rows else None
 
 
-def summary_rows(results: Results) -> tuple[list[str], Rows]:
+def summary_rows(results: Results, share: bool = True) -> tuple[list[str], Rows]:
+    """A row per model; `share` adds the drop in percent, for which a terminal has no room."""
     texts = list(results["perplexity"])
-    header = ["model", "cache B/token", "reduction", "score", "drop", "drop %"]
+    header = ["model", "B/token", "reduction", "score", "drop", *(["drop %"] if share else [])]
     header += [f"ppl {text[:12]}" for text in texts]
     rows = []
     for model in MODELS:
@@ -90,7 +92,7 @@ def summary_rows(results: Results) -> tuple[list[str], Rows]:
                 percent(results["kv_cache_reduction"].get(model)),
                 number(results["score"][model]),
                 number(drops.get("points")),
-                number(drops.get("percent")),
+                *([number(drops.get("percent"))] if share else []),
                 *(number(results["perplexity"][text][model], 2) for text in texts),
             ]
         )
@@ -126,6 +128,13 @@ def task_notes(results: Results) -> str:
     return " ".join(notes)
 
 
+def text_notes(results: Results) -> str:
+    """How much text each perplexity is measured on."""
+    length = results["config"]["eval"]["perplexity_sequence_length"]
+    texts = ", ".join(f"{text} {whole(tokens)} tokens" for text, tokens in results["perplexity_tokens"].items())
+    return f"Perplexity is exp of the mean loss over windows of at most {length} tokens: {texts}."
+
+
 def cache_rows(results: Results) -> tuple[list[str], Rows]:
     header = ["model", "B/token/layer", "layers", "B/token", "positions", "bytes in all", "largest batch", "reduction"]
     rows = []
@@ -133,7 +142,7 @@ def cache_rows(results: Results) -> tuple[list[str], Rows]:
         cache = results["cache"][model]
         figures = ("layers", "bytes_per_token", "positions", "bytes", "largest_batch_bytes")
         per_layer = number(cache["bytes_per_token_per_layer"], 1)
-        saved = percent(results["kv_cache_reduction"].get(model), 2)
+        saved = percent(results["kv_cache_reduction"].get(model))
         rows.append([model, per_layer, *(whole(cache[figure]) for figure in figures), saved])
     return header, rows
 
@@ -143,19 +152,21 @@ def conversion_section(results: Results) -> list[str]:
     report = results["conversion"]
     if not report:
         return []
-    figures = [
-        [name, number(value, 4) if isinstance(value, float) else str(value)] for name, value in flat(report).items()
+    parts = [
+        "## Conversion",
+        markdown_table(["figure", "value"], [[name, cell(value)] for name, value in flat(report).items()]),
     ]
-    parts = ["## Conversion", markdown_table(["figure", "value"], figures)]
     layers = report.get("layers")
     if isinstance(layers, list) and layers and isinstance(layers[0], dict):
         columns = [name for name, value in layers[0].items() if isinstance(value, int | float | str)]
-        rows = [
-            [number(row[name], 4) if isinstance(row[name], float) else str(row[name]) for name in columns]
-            for row in layers
-        ]
-        parts.append(f"<details><summary>Layer by layer</summary>\n\n{markdown_table(columns, rows)}\n\n</details>")
+        rows = [[str(place), *(cell(layer[name]) for name in columns)] for place, layer in enumerate(layers)]
+        table = markdown_table(["layer", *columns], rows)
+        parts.append(f"<details><summary>Layer by layer</summary>\n\n{table}\n\n</details>")
     return parts
+
+
+def cell(value: Any) -> str:
+    return MISSING if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def healing_section(results: Results) -> list[str]:

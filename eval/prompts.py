@@ -50,7 +50,7 @@ class Prompter:
         ids = self._ids(task, text)
         truncated = len(ids) > limit
         if truncated:
-            plain = self.tokenizer(text)["input_ids"]
+            plain = self._tokenise(text)
             half = (limit - (self.overhead if self._wraps(task) else 0)) // 2
             ids = self._ids(task, self._decode(plain[:half]) + self._decode(plain[-half:]))
             # The seam may tokenise into a few more tokens than were cut: the limit stands.
@@ -60,16 +60,19 @@ class Prompter:
     def _wraps(self, task: Task) -> bool:
         return self.chat and task.chat
 
+    def _tokenise(self, text: str, special: bool = True) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]  # long ones are expected
+
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _ids(self, task: Task, text: str) -> list[int]:
-        return self._chat_ids(text) if self._wraps(task) else self.tokenizer(text)["input_ids"]
+        return self._chat_ids(text) if self._wraps(task) else self._tokenise(text)
 
     def _chat_ids(self, text: str) -> list[int]:
         message = [{"role": "user", "content": text}]
         wrapped = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(wrapped, add_special_tokens=False)["input_ids"]
+        return self._tokenise(wrapped, special=False)
 
 
 def prompts_digest(prompts: list[Prompt]) -> str:

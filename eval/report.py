@@ -44,7 +44,7 @@ def run_report(config: Config, overrides: list[str] | None = None) -> None:
         with open_run(config, stage, results["config"]) as run:
             if run:
                 send(run, results, stage.folder / PICTURE)
-    print(text_table(*summary_rows(results)))
+    print(text_table(*summary_rows(results, share=False)))
     print(f"\nreport: {plan.report.folder / 'report.md'}", flush=True)
 
 

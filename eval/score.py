@@ -23,8 +23,10 @@ from eval.perplexity import perplexity
 from eval.progress import Progress
 
 
-def score_model(name: str, path: str, inputs: Inputs, folder: Path, batch_size: int, device: str) -> dict[str, Any]:
-    """Scores of the model at `path` (folder or hub id[@revision]) on all inputs; loads it only if one is missing."""
+def score_model(
+    name: str, path: str, revision: str | None, inputs: Inputs, folder: Path, batch_size: int, device: str
+) -> dict[str, Any]:
+    """Scores of the model at `path` (folder or hub id) on all inputs; loads it only if one is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = [(text, folder / f"perplexity-{text.name}.json") for text in inputs.texts]
     tasks = [(each, folder / f"{each.task.name}.json") for each in inputs.tasks]
@@ -36,7 +38,7 @@ def score_model(name: str, path: str, inputs: Inputs, folder: Path, batch_size: 
             flush=True,
         )
     if open_texts or open_tasks:
-        model = load_model(path, inputs.dtype, device)
+        model = load_model(path, revision, inputs.dtype, device)
         tokens = sum(text.tokens for text, _ in open_texts) + sum(each.tokens for each, _ in open_tasks)
         with Progress(name, tokens) as progress:
             for text, file in open_texts:
@@ -49,6 +51,7 @@ def score_model(name: str, path: str, inputs: Inputs, folder: Path, batch_size: 
             torch.cuda.empty_cache()
     return {
         "path": path,
+        "revision": revision,
         "dtype": str(inputs.dtype).removeprefix("torch."),
         "device": device,
         "perplexity": {text.name: json.loads(file.read_text()) for text, file in texts},
@@ -64,10 +67,9 @@ def is_done(file: Path, digest: str, version: str | None = None) -> bool:
     return stored["inputs"] == digest and stored.get("version") == version
 
 
-def load_model(path: str, dtype: torch.dtype, device: str) -> Any:
+def load_model(path: str, revision: str | None, dtype: torch.dtype, device: str) -> Any:
     logging.disable_progress_bar()
-    where, _, revision = path.partition("@")
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, revision=revision or None)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision)
     return model.to(device).eval()
 
 

@@ -75,7 +75,7 @@ def sweep_rows(results: list[dict[str, Any]]) -> tuple[list[str], Rows]:
     if not results:
         return ["point"], []
     text = next(iter(results[0]["perplexity"]))
-    header = ["point", "B/token", "reduction", "score", "drop", f"ppl {text[:10]}", "not healed"]
+    header = ["point", "B/token", "reduction", "score", "drop", f"ppl {text[:12]}", "not healed"]
     first = results[0]
     original = [
         "original",
@@ -146,7 +146,7 @@ def read_points(folders: list[Path]) -> tuple[list[Path], dict[str, str]]:
             if point["status"] == "finished":
                 points[Path(point["run_dir"])] = None
             else:
-                name = " ".join(point["overrides"]) or file.parent.name
+                name = point.get("name") or " ".join(point["overrides"]) or file.parent.name
                 failed[name] = point.get("error") or "did not come to its end (killed, or still running)"
         if not files:
             points[folder] = None
@@ -168,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
     with sweep_run(results, folder) if results else nullcontext() as run:
         sweep = sweep_report(points, folder, failed, run)
     if results:
-        print(text_table(*sweep_rows(results)))
+        header, rows = sweep_rows(results)
+        print(text_table(header[:1] + header[2:], [row[:1] + row[2:] for row in rows]))  # no room for the bytes
     for name, reason in sweep["failed"].items():
         print(f"failed: {name}: {reason}")
     print(f"\nsweep: {folder / 'sweep.md'}", flush=True)

@@ -17,8 +17,8 @@ def number(value: float | None, digits: int = 1) -> str:
     return shown.lstrip("-") if not shown.strip("-0.") else shown  # no "-0.0"
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as percent: 0.6875 → `68.8 %`."""
+def percent(value: float | None, digits: int = 2) -> str:
+    """A share as percent: 0.6875 → `68.75 %`."""
     return MISSING if value is None else f"{100 * value:.{digits}f} %"
 
 
@@ -26,18 +26,19 @@ def whole(value: float | None) -> str:
     return MISSING if value is None else f"{value:,.0f}"
 
 
-def text_table(header: list[str], rows: Rows) -> str:
-    """Columns two spaces apart, the first to the left, the others to the right."""
+def text_table(header: list[str], rows: Rows, width: int = 80) -> str:
+    """Columns two spaces apart, the first to the left and cut in its middle until a line fits, the others right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    widths[0] = max(min(widths[0], width - sum(2 + each for each in widths[1:])), 8)
 
     def line(cells: list[str]) -> str:
-        first, *others = (
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join([first, *others]).rstrip()
+        first, tail = cells[0], widths[0] * 2 // 3
+        if len(first) > widths[0]:
+            first = first[: widths[0] - tail - 1] + "…" + first[-tail:]
+        others = (cell.rjust(size) for cell, size in zip(cells[1:], widths[1:], strict=True))
+        return "  ".join([first.ljust(widths[0]), *others]).rstrip()
 
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+    return "\n".join([line(header), "  ".join("-" * size for size in widths), *map(line, rows)])
 
 
 def markdown_table(header: list[str], rows: Rows) -> str:

@@ -170,15 +170,17 @@ def longbench_metrics() -> ModuleType:
     fuzzywuzzy's ratio depends on whether python-Levenshtein happens to be installed: with it, it is the
     ratio that rapidfuzz computes; without, difflib's, up to 31 points away on lines of code.
     """
-    if "fuzzywuzzy" not in sys.modules:
-        from rapidfuzz import fuzz
+    import jieba
+    from rapidfuzz import fuzz
 
-        stand_in, functions = ModuleType("fuzzywuzzy"), ModuleType("fuzzywuzzy.fuzz")
-        functions.ratio = lambda a, b: round(fuzz.ratio(a, b))  # type: ignore[attr-defined]
-        stand_in.fuzz = functions  # type: ignore[attr-defined]
-        sys.modules["fuzzywuzzy"] = stand_in
-        try:
-            return importlib.import_module("lm_eval.tasks.longbench.metrics")
-        finally:
-            del sys.modules["fuzzywuzzy"]
-    return importlib.import_module("lm_eval.tasks.longbench.metrics")
+    jieba.setLogLevel("WARNING")  # or it tells of its dictionary
+    if "fuzzywuzzy" in sys.modules:
+        return importlib.import_module("lm_eval.tasks.longbench.metrics")
+    stand_in, functions = ModuleType("fuzzywuzzy"), ModuleType("fuzzywuzzy.fuzz")
+    functions.ratio = lambda a, b: round(fuzz.ratio(a, b))  # type: ignore[attr-defined]
+    stand_in.fuzz = functions  # type: ignore[attr-defined]
+    sys.modules["fuzzywuzzy"] = stand_in
+    try:
+        return importlib.import_module("lm_eval.tasks.longbench.metrics")
+    finally:
+        del sys.modules["fuzzywuzzy"]

@@ -57,7 +57,8 @@ def collect_statistics(model: Any, batches: Iterable[Any]) -> Statistics:
     def observe_input(total: LayerStatistics) -> Callable[..., None]:
         def hook(_module: Any, inputs: Any, output: torch.Tensor) -> None:
             x = inputs[0].flatten(0, 1)[kept[0]].float()
-            total.input_moment += x.T @ x
+            with torch.autocast(x.device.type, enabled=False):  # the model may run in bfloat16, the sums must not
+                total.input_moment += x.T @ x
             total.query_norm += pair_norms(output.flatten(0, 1)[kept[0]], geometry.head_dim)
 
         return hook

@@ -14,18 +14,20 @@ import hydra
 import torch
 import transformers
 from omegaconf import DictConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import Plan
-from conf.schema import Config, Device, Dtype
+from conf.schema import Config, Device, Dtype, Precision
 from conf.stage import write_json
 from data.calibration import calibration_batches, heldout_batches
 from mha2mla import ConversionOptions, collect_statistics, convert, resolve_options
 from mha2mla.compare import compare
 from train.checkpoint import appearing_in
+from train.launch import NO_CUDA, mixed_precision
 from train.memory import peak_memory_gib
+from train.model import load_model
 
 
 def options_of(config: Config) -> ConversionOptions:
@@ -45,10 +47,10 @@ def load_pretrained(config: Config) -> tuple[Any, Any]:
         ) from error
     resolve_options(pretrained, options_of(config))
     if config.launch.device is Device.cuda and not torch.cuda.is_available():
-        raise ValueError("launch.device=cuda, but torch sees no CUDA device; use launch.device=auto or cpu")
+        raise ValueError(NO_CUDA)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=config.model.revision)
     dtype: Any = "auto" if config.model.dtype is Dtype.auto else getattr(torch, config.model.dtype.value)
-    model = AutoModelForCausalLM.from_pretrained(source, revision=config.model.revision, dtype=dtype)
+    model = load_model(source, dtype, "get that checkpoint again", revision=config.model.revision)
     on_gpu = config.launch.device is not Device.cpu and torch.cuda.is_available()
     return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
 
@@ -58,7 +60,10 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
     model, tokenizer = load_pretrained(config)
     heldout = list(heldout_batches(config, tokenizer))
     print(f"convert: collecting statistics over {config.calibration.tokens:,} tokens", flush=True)
-    statistics = collect_statistics(model, calibration_batches(config, tokenizer))
+    # Means over thousands of tokens do not need float32 products; the sums are float32 all the same.
+    fast = mixed_precision(Precision.auto, on_cpu=model.device.type == "cpu") == "bf16"
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
+        statistics = collect_statistics(model, calibration_batches(config, tokenizer))
     converted, report = convert(model, options_of(config), statistics)
     print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)
     comparison = compare(model, converted, heldout)

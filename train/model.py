@@ -18,18 +18,22 @@ from train.checkpoint import appearing_in
 ATTENTION = ".self_attn."  # in the names of all attention weights, in every family that transformers has
 
 
-def load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """A checkpoint folder, refused if any weight is missing or the file is cut short."""
+AGAIN = "make it again with `make convert ARGS=force=true`"
+
+
+def load_model(
+    folder: Path | str, dtype: torch.dtype | str, remedy: str = AGAIN, revision: str | None = None
+) -> PreTrainedModel:
+    """A checkpoint (folder or hub id), refused if any weight is missing or the file is cut short."""
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, revision=revision or "main", output_loading_info=True
+        )
     except Exception as error:
-        raise ValueError(
-            f"{folder} holds no whole checkpoint ({type(error).__name__}: {error}); "
-            "make it again with `make convert ARGS=force=true`"
-        ) from error
+        raise ValueError(f"{folder} holds no whole checkpoint ({type(error).__name__}: {error}); {remedy}") from error
     if found["missing_keys"]:
         names = ", ".join(sorted(found["missing_keys"])[:3])
-        raise ValueError(f"{folder} lacks {len(found['missing_keys'])} weights ({names}, ...); convert the model again")
+        raise ValueError(f"{folder} lacks {len(found['missing_keys'])} weights ({names}, ...); {remedy}")
     return model
 
 

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -64,12 +65,13 @@ def run_stage(stage: Stage, config: Config, module: str, overrides: list[str]) -
 
 def run_sweep_point(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     """One point of a sweep: its outcome is on disk whatever happens to it."""
-    point = {"overrides": overrides, "status": "unfinished"}
+    point: dict[str, Any] = {"overrides": overrides, "status": "unfinished"}
     write_json(folder / "point.json", point)
     print(f"\n==== {' '.join(overrides)} ====", flush=True)
     try:
         config = typed_config(cfg)
-        point |= {"name": config.name, "run_dir": str(Plan(config).run_dir)}
+        point["name"] = config.name
+        point["run_dir"] = str(Plan(config).run_dir)
         run_point(config, overrides)
         point["status"] = "finished"
     except (StageError, ValueError, OSError) as error:

@@ -9,6 +9,7 @@ from conf.schema import BUILTIN_TASKS, EvalConfig
 from eval.builtin import fill
 from eval.prompts import Prompter, prompts_digest
 from eval.sources import load_rows
+from eval.text import code_files
 from tests.eval.tiny import WINDOW, tokenizer
 
 BUDGET = 800
@@ -69,7 +70,10 @@ def test_answers_follow_from_the_contexts(rows):
         assert row["answers"][0] in row["all_classes"] and len(row["all_classes"]) >= 3
         assert row["input"].removesuffix("\nTopic:") not in row["context"]
     for row in rows["code_completion"][1]:
-        assert not row["context"].endswith("\n") and row["answers"][0].strip()
+        *_, last = row["context"].split("\n")
+        assert row["answers"][0].strip() and any(
+            f"\n{last}\n{row['answers'][0]}\n" in "\n".join(lines) for lines, _ in code_files()
+        )
 
 
 def test_the_pass_key_moves_from_the_start_to_the_end(rows):

@@ -73,9 +73,17 @@ def test_the_report_has_the_measured_reduction_the_drop_and_the_sentence(run):
         lost = results["score"]["original"] - results["score"][model]
         assert results["score_drop"][model]["points"] == pytest.approx(lost)
     sentence = report.split("\n\n")[1]
-    assert "holds 40 bytes a token a layer instead of 128, measured: 68.8 % less" in sentence
+    assert "holds 40 bytes a token a layer instead of 128, measured: 68.75 % less" in sentence
     assert "after healing on 320 tokens" in sentence and sentence.count(".\n") == 0
-    for text in ("## Tasks", "| passkey |", "## Conversion", "| kv_lora_rank", "## Healing", "148.4", "pretrain_tokens"):
+    for text in (
+        "## Tasks",
+        "| passkey |",
+        "## Conversion",
+        "| kv_lora_rank",
+        "## Healing",
+        "148.4",
+        "pretrain_tokens",
+    ):
         assert text in report or text == "| kv_lora_rank", text
     assert "python -m train.pipeline model=from_path mla.kv_lora_rank=6 'name=a b'" in report
     assert results["config"]["eval"]["limit"] == 2 and results["provenance"]["versions"]["torch"]
@@ -94,7 +102,9 @@ def test_the_offline_wandb_run_holds_reduction_drop_and_table(run):
     assert table["columns"] == ["task", "rows", "original", "converted", "healed", "drop_converted", "drop_healed"]
     assert [row[0] for row in table["data"]] == NAMES
     for row in table["data"]:
-        assert row[2:5] == pytest.approx([results["tasks"][row[0]]["score"][m] for m in ("original", "converted", "healed")])
+        assert row[2:5] == pytest.approx(
+            [results["tasks"][row[0]]["score"][m] for m in ("original", "converted", "healed")]
+        )
     assert (kept["files"] / logged["reduction_vs_drop"]["path"]).exists()
     assert kept["config"]["eval"]["limit"] == 2
 
@@ -118,7 +128,7 @@ def test_output_reads_at_eighty_columns_and_without_colour(run, capsys):
     assert not re.search(r"\x1b", said)
 
 
-def test_an_evaluation_that_was_cut_off_goes_on_with_the_same_scores(run, tmp_path, monkeypatch):
+def test_an_evaluation_that_was_cut_off_goes_on_with_the_same_scores(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run.model_dir.parent.parent / "model", tmp_path / "model")
     config = compose_config(tmp_path)
     plan = finish_before_evaluation(config)
@@ -140,7 +150,11 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_the_same_scores(run, tmp_pa
     with pytest.raises(FileNotFoundError, match="stage 'evaluate' .* has not finished"):
         run_report(config)
     written = kept.stat().st_mtime_ns
+    capsys.readouterr()
     run_evaluate(config)
+    said = capsys.readouterr().out  # no terminal: a line per score
+    assert "converted: 2 scores are there already" in said and "converted: passkey" not in said
+    assert len(re.findall(r"^healed: \w+ .*\[\d+ s, \d+ s left\]$", said, re.MULTILINE)) == 4
     assert len(calls) == 5 + 5  # two tasks of the converted model, three of the healed
     assert kept.stat().st_mtime_ns == written
     for name in ("original", "converted", "healed"):

@@ -72,7 +72,9 @@ def test_text_windows_are_consecutive_and_without_special_tokens(tmp_path):
 
 def test_windows_of_packed_rows_end_with_their_documents():
     ids = torch.arange(100)
-    positions = torch.cat([torch.arange(30, 50), torch.arange(5), torch.arange(75)])  # a row may begin inside a document
+    positions = torch.cat(
+        [torch.arange(30, 50), torch.arange(5), torch.arange(75)]
+    )  # a row may begin inside a document
     pieces = document_windows(ids, positions, 32)
     assert [(int(piece[0]), len(piece)) for piece in pieces] == [(0, 20), (25, 32), (57, 32)]  # 5 and 11 are too short
 

@@ -52,7 +52,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     for record in records(file):
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
-            history.append(nested({tuple(item.nested_key) or (item.key,): json.loads(item.value_json) for item in items}))
+            history.append(
+                nested({tuple(item.nested_key) or (item.key,): json.loads(item.value_json) for item in items})
+            )
         if record.WhichOneof("record_type") == "run":
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         if record.WhichOneof("record_type") == "config":

