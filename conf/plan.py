@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.models import model_fingerprint
-from conf.schema import Config, DataConfig
+from conf.schema import Config, DataConfig, EvalConfig
 from conf.stage import Stage, fingerprint
 
 
@@ -66,9 +66,11 @@ class Plan:
             {"finetune": trained},
             {"convert": self.convert.key, "sample": self.sample.key},
         )
-        scores = {"eval": plain(config.eval)}
-        self.original = Stage("original", self.model_dir / "original", scores, model | {"sample": self.sample.key})
-        self.evaluate = Stage("evaluate", self.run_dir / "evaluate", scores, {"finetune": self.finetune.key})
+        scores = {"eval": without(plain(config.eval), "batch_size")}
+        files = eval_fingerprints(config.eval)
+        original = model | files | {"sample": self.sample.key}
+        self.original = Stage("original", self.model_dir / "original", scores, original)
+        self.evaluate = Stage("evaluate", self.run_dir / "evaluate", scores, files | {"finetune": self.finetune.key})
         self.report = Stage(
             "report",
             self.run_dir / "report",
@@ -92,6 +94,19 @@ class Plan:
 
 def without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in names}
+
+
+def eval_fingerprints(settings: EvalConfig) -> dict[str, str]:
+    """Content of the texts and rows that evaluation is told to read; ValueError if they are not there."""
+    found = {}
+    for name in ("data_dir", "perplexity_text"):
+        path = getattr(settings, name)
+        if path:
+            try:
+                found[name] = fingerprint(Path(path).expanduser())
+            except FileNotFoundError as error:
+                raise ValueError(f"eval.{name}: {error}") from error
+    return found
 
 
 def data_fingerprints(data: DataConfig) -> dict[str, str]:

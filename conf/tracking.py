@@ -64,6 +64,4 @@ def open_run(config: Config, stage: Stage, settings: dict[str, Any]) -> Iterator
     finally:
         run.finish()
     if mode == "offline":
-        print(
-            f"{stage.name}: W&B files of this offline run are in {stage.folder / 'wandb'} (`wandb sync` uploads them)"
-        )
+        print(f"{stage.name}: offline W&B run, `wandb sync` uploads it from\n  {stage.folder / 'wandb'}", flush=True)

@@ -2,12 +2,15 @@
 
     python docs/make_tables.py           rewrites README.md
     python docs/make_tables.py --check   exit code 1 if README.md and docs/results/ disagree
+    python docs/make_tables.py --take outputs/MODEL/POINT/report
+                                         first takes a run's report over as docs/results/default_run.*
 
 No figure stands in the README that is not in one of these files.
 """
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,7 +119,16 @@ def filled(text: str) -> str:
     return text
 
 
+def take(report: Path) -> None:
+    """Copy a run's results and picture, without the folders of the machine it ran on."""
+    text = re.sub(r"(?<![\w.:])/(?:[\w.-]+/)+", "", (report / "results.json").read_text())
+    (RESULTS / "default_run.json").write_text(json.dumps(json.loads(text), indent=1) + "\n")
+    shutil.copy(report / "reduction_vs_drop.png", RESULTS / "default_run.png")
+
+
 if __name__ == "__main__":
+    if "--take" in sys.argv:
+        take(Path(sys.argv[sys.argv.index("--take") + 1]))
     readme = ROOT / "README.md"
     before = readme.read_text()
     after = filled(before)
