@@ -9,7 +9,6 @@ states, since a step takes as long whatever they are. Writes `outputs/<model>/be
 
 import statistics
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,7 @@ def measure(config: Config) -> dict[str, Any]:
     dtype: Any = "auto" if bench.dtype is Dtype.auto else getattr(torch, bench.dtype.value)
     original = AutoModelForCausalLM.from_pretrained(local_model(config), dtype=dtype)
     original = original.to("cuda" if on_gpu else "cpu").eval()
-    options = ConversionOptions(**{item.name: getattr(config.mla, item.name) for item in fields(ConversionOptions)})
-    converted, report = convert(original, options)
+    converted, report = convert(original, ConversionOptions.from_config(config.mla))
     models = {"original": original, "expanded": converted, "absorbed": converted}
     caches = {name: filled_cache(model, bench) for name, model in models.items()}
     held = {name: cache_bytes(cache) for name, cache in caches.items()}

@@ -7,7 +7,6 @@ Writes `outputs/<model>/training_free.json`, one row a point, with its reference
 """
 
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import plain
-from conf.schema import Config, StudyPoint
+from conf.schema import Config
 from conf.stage import fingerprint, provenance, write_json
 from data.calibration import calibration_batches
 from eval.perplexity import perplexity, text_windows
@@ -39,7 +38,7 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(source)
     windows = text_windows(tokenizer, Path(study.text), study.sequence_length, study.tokens)
-    points = [(point, options_of(point)) for point in study.points]
+    points = [(point, ConversionOptions.from_config(point)) for point in study.points]
     for _, options in points:
         resolve_options(model.config, options)
     statistics = None
@@ -53,11 +52,6 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
         if point.reference:
             row["against_reference"] = found / point.reference - 1
         yield row
-
-
-def options_of(point: StudyPoint) -> ConversionOptions:
-    names = [item.name for item in fields(ConversionOptions) if hasattr(point, item.name)]
-    return ConversionOptions(**{name: getattr(point, name) for name in names})
 
 
 @stage_main

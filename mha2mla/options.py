@@ -1,6 +1,7 @@
 """What a conversion is asked for, checked against the model's geometry before any work starts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 DEFAULT_REDUCTION = 0.6875  # the paper's first setting: 24 + 96 of 384 numbers on SmolLM-135M
 
@@ -54,6 +55,11 @@ class ConversionOptions:
     partial_rope: str = "high"
     low_rank: str = "joint"
     q_lora_rank: int | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> "ConversionOptions":
+        """From an object with attributes of the same names; those it lacks keep their defaults."""
+        return cls(**{item.name: getattr(config, item.name) for item in fields(cls) if hasattr(config, item.name)})
 
     def resolve(self, geometry: Geometry) -> "ConversionOptions":
         """The same options with R and r as numbers that fit the model; ValueError names what does not."""

@@ -6,7 +6,7 @@ Writes a checkpoint that loads by itself, and `conversion.json`: what was asked 
 perplexity of original and converted model on text that no later stage trains on.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,6 @@ from train.memory import peak_memory_gib
 from train.model import load_model
 
 
-def options_of(config: Config) -> ConversionOptions:
-    return ConversionOptions(**{item.name: getattr(config.mla, item.name) for item in fields(ConversionOptions)})
-
-
 def load_pretrained(config: Config) -> tuple[Any, Any]:
     """The original model on the device that conversion runs on, and its tokenizer; checks the options first."""
     source = local_model(config)
@@ -45,7 +41,7 @@ def load_pretrained(config: Config) -> tuple[Any, Any]:
             f"model.path={config.model.path} cannot be loaded ({reason}); "
             "give a hub id such as org/name that this machine can reach, or a local checkpoint folder"
         ) from error
-    resolve_options(pretrained, options_of(config))
+    resolve_options(pretrained, ConversionOptions.from_config(config.mla))
     if config.launch.device is Device.cuda and not torch.cuda.is_available():
         raise ValueError(NO_CUDA)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=config.model.revision)
@@ -64,7 +60,7 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
     fast = mixed_precision(Precision.auto, on_cpu=model.device.type == "cpu") == "bf16"
     with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
         statistics = collect_statistics(model, calibration_batches(config, tokenizer))
-    converted, report = convert(model, options_of(config), statistics)
+    converted, report = convert(model, ConversionOptions.from_config(config.mla), statistics)
     print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)
     comparison = compare(model, converted, heldout)
     with appearing_in(folder) as whole:

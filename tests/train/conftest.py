@@ -1,15 +1,5 @@
 import pytest
-import torch
 from accelerate.state import AcceleratorState, GradientState
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models on several threads mostly wait for each other, the more so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
