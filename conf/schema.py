@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 class Dtype(Enum):
     auto = "auto"  # what the checkpoint is stored in
+    native = "native"  # bfloat16 where the hardware computes in it, else float32
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -86,9 +87,20 @@ class MLAConfig:
     rope_dim: int | None = None  # R: rotated numbers a token a layer; default: an eighth of the keys
     kv_lora_rank: int | None = None  # r: size of the latent; default: what `reduction` leaves after R
     reduction: float | None = None  # wanted cut of the KV cache, instead of kv_lora_rank; default 0.6875
-    partial_rope: str = "high"
-    low_rank: str = "joint"
+    partial_rope: str = "high"  # a name of mha2mla/partial_rope.py
+    rope_basis: str = "heads"  # a name of mha2mla/basis.py
+    expected_rotation: bool = False  # pairs that stop rotating get their mean rotation over near distances
+    low_rank: str = "joint"  # a name of mha2mla/low_rank.py
+    value_weight: float = 0.35  # λ of low_rank=attention
+    centered: bool = False  # factor keys and values about their means
     q_lora_rank: int | None = None
+    reconstruction_steps: int = 0  # a layer, on the calibration text, after the closed form (mha2mla/reconstruct.py)
+    reconstruction_learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require(
+            self.reconstruction_steps >= 0, f"mla.reconstruction_steps={self.reconstruction_steps} must be 0 or more"
+        )
 
 
 @dataclass
@@ -311,19 +323,14 @@ class BenchConfig:
     steps: int = 8  # decoded tokens a round
     rounds: int = 5  # all variants take turns, so that a busy machine slows them alike
     static_cache: bool = True
-    dtype: Dtype = Dtype.bfloat16
+    dtype: Dtype = Dtype.native
 
 
 @dataclass
-class StudyPoint:
-    """One conversion of a training-free study; sizes as in MLAConfig."""
+class StudyPoint(MLAConfig):
+    """One conversion of a training-free study."""
 
     name: str = "???"
-    rope_dim: int | None = None
-    kv_lora_rank: int | None = None
-    partial_rope: str = "high"
-    low_rank: str = "joint"
-    q_lora_rank: int | None = None
     reference: float | None = None  # a perplexity to compare with
 
 
@@ -358,7 +365,10 @@ class Config:
             mla = self.mla
             size = f"r{mla.kv_lora_rank}" if mla.kv_lora_rank else f"cut{mla.reduction or 0.6875:g}"
             query = f"-q{mla.q_lora_rank}" if mla.q_lora_rank else ""
-            self.name = f"{mla.partial_rope}-{mla.low_rank}-R{mla.rope_dim or 'auto'}-{size}{query}"
+            basis = "" if mla.rope_basis == "heads" else f"{mla.rope_basis}-"
+            fitted = f"-fit{mla.reconstruction_steps}" if mla.reconstruction_steps else ""
+            size = f"R{mla.rope_dim or 'auto'}-{size}"
+            self.name = f"{mla.partial_rope}-{basis}{mla.low_rank}-{size}{query}{fitted}"
 
 
 def typed_config(cfg: DictConfig) -> Config:

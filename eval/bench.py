@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import plain
+from conf.precision import torch_dtype
 from conf.schema import BenchConfig, Config, Device, Dtype
 from conf.stage import provenance, write_json
 from mha2mla import ConversionOptions, cache_bytes, convert
@@ -73,7 +74,7 @@ def measure(config: Config) -> dict[str, Any]:
     """Seconds a step, tokens/s and cache bytes of every variant, and the ratios to the original."""
     bench = config.bench
     on_gpu = config.launch.device is not Device.cpu and torch.cuda.is_available()
-    dtype: Any = "auto" if bench.dtype is Dtype.auto else getattr(torch, bench.dtype.value)
+    dtype: Any = "auto" if bench.dtype is Dtype.auto else torch_dtype(bench.dtype, not on_gpu)
     original = AutoModelForCausalLM.from_pretrained(local_model(config), dtype=dtype)
     original = original.to("cuda" if on_gpu else "cpu").eval()
     converted, report = convert(original, ConversionOptions.from_config(config.mla))
@@ -104,7 +105,7 @@ def measure(config: Config) -> dict[str, Any]:
         }
     absorbed_gain = rows["expanded"]["seconds_per_step"] / rows["absorbed"]["seconds_per_step"]
     return {
-        "bench": plain(bench),
+        "bench": plain(bench) | {"dtype": str(original.dtype).removeprefix("torch.")},
         "model": config.model.name,
         "cache_numbers": report.cache_size,
         "variants": rows,

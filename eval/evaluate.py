@@ -30,7 +30,7 @@ def run_evaluate(config: Config) -> None:
     for stage in (plan.sample, plan.convert, plan.finetune):
         stage.require_finished()
     device, model = pick_device(config.launch.device), local_model(config)
-    inputs = prepare(config, model, plan.sample.folder)
+    inputs = prepare(config, model, plan.sample.folder, device)
     describe(inputs, device)
     if config.force or not plan.original.record():
         score_stage(plan.original, {"original": model}, config.model.revision, inputs, config, device)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from conf.precision import torch_dtype
 from conf.schema import Config
 from eval.generate import Stops
 from eval.perplexity import packed_windows, text_windows
@@ -50,10 +51,11 @@ class Inputs:
     dtype: torch.dtype  # of every model compared
 
 
-def prepare(config: Config, model: str, sampled: Path) -> Inputs:
+def prepare(config: Config, model: str, sampled: Path, device: str) -> Inputs:
     """Inputs for the models of one configuration; raises ValueError for whatever cannot be evaluated.
 
-    `model` is the original's folder or hub id, whose tokenizer, window and stop tokens hold for all.
+    `model` is the original's folder or hub id, whose tokenizer, window and stop tokens hold for all. `device` is the
+    one they run on.
     """
     options, revision = config.eval, config.model.revision
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
@@ -70,13 +72,12 @@ def prepare(config: Config, model: str, sampled: Path) -> Inputs:
     for task, rows in load_rows(options, prompter.fits):
         prompts = [prompter.encode(task, row) for row in rows]
         tasks.append(TaskInputs(task, rows, prompts, prompts_digest(prompts)))
-    dtype = options.dtype.value
     return Inputs(
         texts=[TextInputs(name, windows, windows_digest(windows)) for name, windows in texts],
         tasks=tasks,
         tokenizer=tokenizer,
         stops=stops_of(tokenizer, model, revision),
-        dtype=(original.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype),
+        dtype=torch_dtype(options.dtype, device == "cpu", stored=original.dtype),
     )
 
 

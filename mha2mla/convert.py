@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from mha2mla import low_rank, partial_rope
+from mha2mla import basis, low_rank, partial_rope
 from mha2mla.families import attention_layers, family_of, geometry_of
 from mha2mla.layer import LayerReport, convert_layer
 from mha2mla.modeling.attention_mla import MLAAttention
-from mha2mla.options import ConversionOptions, Geometry
+from mha2mla.options import PER_HEAD, ConversionOptions, Geometry
+from mha2mla.rotation import Rotation, shares_rotated_key
 from mha2mla.statistics import Statistics
 
+TABLES: dict[str, Any] = {"partial_rope": partial_rope, "rope_basis": basis, "low_rank": low_rank}
 EXACT = 1e-3  # relative error that the self-check allows in float32; 1e-6 is what it measures
 
 
@@ -39,19 +41,30 @@ class ConversionReport:
 def resolve_options(config: Any, options: ConversionOptions) -> ConversionOptions:
     """The options with all sizes filled in, checked against a model's configuration alone (no weights needed)."""
     family_of(config)
-    for name, table in (("partial_rope", partial_rope.STRATEGIES), ("low_rank", low_rank.STRATEGIES)):
-        if getattr(options, name) not in table:
-            raise ValueError(f"{name}={getattr(options, name)!r} is unknown; choose one of: {', '.join(table)}")
+    for name, module in TABLES.items():
+        if getattr(options, name) not in module.STRATEGIES:
+            known = ", ".join(module.STRATEGIES)
+            raise ValueError(f"{name}={getattr(options, name)!r} is unknown; choose one of: {known}")
+    if options.rope_basis != "heads" and options.partial_rope in PER_HEAD:
+        raise ValueError(
+            f"partial_rope={options.partial_rope} chooses pairs of key heads, which rope_basis={options.rope_basis} "
+            "mixes; use rope_basis=heads, or partial_rope=rotation-cost or evenly-spaced"
+        )
+    if options.rope_basis == "heads" and options.partial_rope == "evenly-spaced":
+        raise ValueError("partial_rope=evenly-spaced keeps strongest components: it needs rope_basis=principal")
     geometry = geometry_of(config)
     resolved = options.resolve(geometry)
     if resolved.partial_rope not in partial_rope.NEEDS_CALIBRATION:
-        partial_rope.STRATEGIES[resolved.partial_rope](geometry, pairs_per_head(resolved, geometry), None)
+        assert resolved.rope_dim is not None
+        partial_rope.STRATEGIES[resolved.partial_rope](partial_rope.Pairs(geometry, resolved.rope_dim // 2))
     return resolved
 
 
-def pairs_per_head(options: ConversionOptions, geometry: Geometry) -> int:
-    assert options.rope_dim is not None
-    return options.rope_dim // (2 * geometry.num_kv_heads)
+def needs_calibration(options: ConversionOptions) -> list[str]:
+    """Those of the options that look at calibration text, as `name=value`."""
+    found = [f"{name}={getattr(options, name)}" for name in TABLES]
+    found = [pair for pair in found if pair.split("=")[1] in TABLES[pair.split("=")[0]].NEEDS_CALIBRATION]
+    return found + (["centered=true"] if options.centered else [])
 
 
 def convert(
@@ -67,18 +80,17 @@ def convert(
     """
     family, geometry = family_of(model.config), geometry_of(model.config)
     options = resolve_options(model.config, options)
-    if options.partial_rope in partial_rope.NEEDS_CALIBRATION and calibration is None:
-        raise ValueError(
-            f"partial_rope={options.partial_rope} looks at calibration text: pass calibration=collect_statistics(...)"
-        )
+    if needs_calibration(options) and calibration is None:
+        wanting = ", ".join(needs_calibration(options))
+        raise ValueError(f"{wanting}: looks at calibration text; pass calibration=collect_statistics(...)")
     error = self_check(model)
     config = converted_config(model.config, options)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." not in name}
-    reports = []
+    reports, rotation = [], rotation_of(model)
     for index, attention in enumerate(attention_layers(model)):
         statistics = calibration.layers[index] if calibration else None
-        weights, report = convert_layer(attention, geometry, options, rope_scale(model), statistics)
+        weights, report = convert_layer(attention, geometry, options, rotation, statistics)
         state |= {f"{prefix}layers.{index}.self_attn.{name}": tensor for name, tensor in weights.items()}
         reports.append(report)
     target = family.model_class if model.base_model is model else family.causal_lm_class
@@ -89,9 +101,11 @@ def convert(
     return converted, ConversionReport(options, geometry, size, geometry.cache_size, reduction, error, reports)
 
 
-def rope_scale(model: Any) -> float:
-    """Factor that the family's RoPE scaling (YaRN, LongRoPE) puts on cos and sin, and so on q and k each."""
-    return float(getattr(model.base_model.rotary_emb, "attention_scaling", 1.0))
+def rotation_of(model: Any) -> Rotation:
+    """The model's rotary embedding as scaled by its family (YaRN and LongRoPE also put a factor on cos and sin)."""
+    rotary = model.base_model.rotary_emb
+    scale = float(getattr(rotary, "attention_scaling", 1.0))
+    return Rotation(rotary.inv_freq.float(), scale, model.config.max_position_embeddings)
 
 
 def converted_config(config: Any, options: ConversionOptions) -> Any:
@@ -100,24 +114,26 @@ def converted_config(config: Any, options: ConversionOptions) -> Any:
     kept = config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
         kept.pop(name, None)
-    rotated = 2 * pairs_per_head(options, geometry)
+    assert options.rope_dim is not None
+    size, one_key = geometry.head_dim, shares_rotated_key(options)
+    rotated = options.rope_dim if one_key else options.rope_dim // geometry.num_kv_heads
     qkv_bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
     return family.config_class(
         **kept
         | {
             # Saving adds the class that is saved; serving engines also look for the decoder alone.
             "auto_map": {"AutoModel": f"{family.model_class.__module__.split('.')[-1]}.{family.model_class.__name__}"},
-            "head_dim": geometry.head_dim,
+            "head_dim": size,
             "kv_lora_rank": options.kv_lora_rank,
             "q_lora_rank": options.q_lora_rank,
-            "num_rope_heads": geometry.num_kv_heads,
+            "num_rope_heads": 1 if one_key else geometry.num_kv_heads,
             "qk_rope_head_dim": rotated,
-            "qk_nope_head_dim": geometry.head_dim - rotated,
-            "v_head_dim": geometry.head_dim,
-            "softmax_scale": geometry.head_dim**-0.5,
+            "qk_nope_head_dim": size if one_key else size - rotated,
+            "v_head_dim": size,
+            "softmax_scale": size**-0.5,
             "q_proj_bias": qkv_bias,
             "kv_a_proj_bias": qkv_bias,
-            "o_proj_bias": qkv_bias,
+            "o_proj_bias": qkv_bias or options.centered,
         }
     )
 
@@ -149,7 +165,7 @@ def self_check(model: Any) -> float:
     layer = attention_layers(model)[0]
     config, own_config = converted_config(model.config, full), copy.deepcopy(model.config)
     config._attn_implementation = own_config._attn_implementation = "eager"
-    weights, _ = convert_layer(layer, geometry, full, rope_scale(model), None, torch.float32)
+    weights, _ = convert_layer(layer, geometry, full, rotation_of(model), None, torch.float32)
     converted = MLAAttention(config, 0).eval()
     converted.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
     original = type(layer)(own_config, 0).float().eval()

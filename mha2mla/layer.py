@@ -1,7 +1,8 @@
 """One attention layer's weights, from q/k/v/o projections to those of latent attention.
 
-Shapes: d hidden size, H query heads, G key/value heads, D head size, F = D / 2 rotary pairs (pair f is the
-numbers f and f + F of a head), p kept pairs a head, K = D - 2p, r latent size.
+Shapes: d hidden size, H query heads, G key/value heads, D head size, F = D / 2 rotary pairs (pair f is the numbers
+f and f + F of a head), N rotated keys, P numbers of each, K unrotated numbers of a head, r latent size.
+Biases ride along as one more input: weights here are [..., d + 1] until they are written out.
 """
 
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from typing import Any
 
 import torch
 
-from mha2mla import low_rank, partial_rope
+from mha2mla import low_rank
 from mha2mla.options import ConversionOptions, Geometry
+from mha2mla.rotation import Rotation, choose_rotation
 from mha2mla.statistics import LayerStatistics
 
 
@@ -28,96 +30,119 @@ def convert_layer(
     attention: Any,
     geometry: Geometry,
     options: ConversionOptions,
-    rope_scale: float,
+    rotation: Rotation,
     statistics: LayerStatistics | None,
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, torch.Tensor], LayerReport]:
-    """State of an `MLAAttention` that stands for `attention`, and how much the factoring lost.
-
-    rope_scale: factor that RoPE scaling puts on cos and sin; pairs that no longer pass through the rotary embedding
-        keep it by a factor rope_scale² on their queries.
-    """
+    """State of an `MLAAttention` that stands for `attention`, and how much the factoring lost."""
     dtype = dtype or attention.q_proj.weight.dtype
     heads, groups, size = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
-    assert options.rope_dim is not None and options.kv_lora_rank is not None
-    pairs = options.rope_dim // (2 * groups)
-    kept = partial_rope.STRATEGIES[options.partial_rope](geometry, pairs, statistics)
-    rotated, rest = head_rows(kept, geometry)
+    assert options.kv_lora_rank is not None
+    query, key = rows_of(attention.q_proj, heads, size), rows_of(attention.k_proj, groups, size)
+    value, output = rows_of(attention.v_proj, groups, size), attention.o_proj.weight.detach().float()
+    moment = None if statistics is None else input_moment(statistics)
 
-    w_query, b_query = rows_of(attention.q_proj, heads, size)
-    w_key, b_key = rows_of(attention.k_proj, groups, size)
-    w_value, b_value = rows_of(attention.v_proj, groups, size)
+    parts = choose_rotation(query, key, geometry, options, rotation, statistics, moment)
+    key_rest, key_bias = parts.key_rest.split([geometry.hidden_size, 1], dim=-1)
+    value_rest, value_bias = value.split([geometry.hidden_size, 1], dim=-1)
 
-    per_head = heads // groups
-    order = torch.cat((rest, rotated), dim=1).repeat_interleave(per_head, 0)
-    scale = torch.ones(size, 1, device=w_query.device)
-    scale[: rest.shape[1]] = rope_scale**2
-    w_query = take(w_query, order) * scale
-    key_rest, key_rotated = take(w_key, rest).flatten(0, 1), take(w_key, rotated).flatten(0, 1)
-    stacked_value = w_value.flatten(0, 1)
-
-    down, up = low_rank.STRATEGIES[options.low_rank](key_rest, stacked_value, options.kv_lora_rank)
-    up_key, up_value = up.split([key_rest.shape[0], stacked_value.shape[0]])
+    stack = low_rank.Stack(key_rest, value_rest, options.kv_lora_rank, value_weight=options.value_weight)
+    mean = None
+    if moment is not None and statistics is not None:
+        rest = parts.query_rest.flatten(0, 1)
+        stack.input_moment = statistics.input_moment
+        stack.query_moment = by_group(head_moments(parts.query_rest, moment), groups)
+        stack.output_gram = by_group(head_grams(output, heads), groups)
+        if options.centered:
+            mean = statistics.input_mean
+            stack.input_moment = statistics.input_moment - torch.outer(mean, mean)
+        del rest
+    down, up = low_rank.STRATEGIES[options.low_rank](stack)
+    up_key, up_value = up.split([key_rest.shape[0] * key_rest.shape[1], groups * size])
     up_heads = torch.cat((up_key.unflatten(0, (groups, -1)), up_value.unflatten(0, (groups, -1))), dim=1)
 
-    state = query_state(w_query.flatten(0, 1), options.q_lora_rank)
-    state["kv_a_proj_with_mqa.weight"] = torch.cat((down, key_rotated))
+    whole_query = torch.cat((parts.query_rest, parts.query_rotated), dim=1).flatten(0, 1)
+    state = query_state(whole_query[:, :-1], options.q_lora_rank, moment)
+    state["kv_a_proj_with_mqa.weight"] = torch.cat((down, parts.key_rotated[:, :-1]))
     state["kv_b_proj.weight"] = up_heads.flatten(0, 1)
-    state["o_proj.weight"] = attention.o_proj.weight.detach()
-    if b_query is not None and b_key is not None and b_value is not None:
+    state["o_proj.weight"] = output
+    if attention.q_proj.bias is not None:
         last = "q_proj" if options.q_lora_rank is None else "q_b_proj"
-        state[f"{last}.bias"] = (take(b_query, order) * scale).flatten()
+        state[f"{last}.bias"] = whole_query[:, -1]
         # A bias on unrotated keys is the same for every key and moves all scores of a query alike: softmax drops it.
-        rotated_bias = take(b_key, rotated).flatten()
+        rotated_bias = parts.key_rotated[:, -1]
         state["kv_a_proj_with_mqa.bias"] = torch.cat((rotated_bias.new_zeros(options.kv_lora_rank), rotated_bias))
-        # A value bias comes through attention unchanged, since its weights sum to one: it belongs to the output.
-        passed = attention.o_proj.weight.detach().float() @ b_value.repeat_interleave(per_head, 0).flatten()
+    # What every value has in common comes through attention unchanged, since its weights sum to one: it belongs to
+    # the output. That is the values' bias, and of centred statistics what factoring lost of the mean value.
+    common = value_bias[:, :, 0]
+    if mean is not None:
+        common = common + (value_rest @ mean) - (up_value @ (down @ mean)).view(groups, size)
+    if attention.q_proj.bias is not None or mean is not None:
+        passed = output @ common.repeat_interleave(heads // groups, 0).flatten()
         state["o_proj.bias"] = passed if attention.o_proj.bias is None else passed + attention.o_proj.bias.detach()
     state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
-    state["rope_pair_index"] = kept.to(w_query.device)
+    state["rope_pair_index"] = parts.pair_index.to(query.device)
 
-    weight = torch.cat((key_rest, stacked_value))
+    weight = stack.rows
     difference = weight - up @ down
+    keys = len(up_key)
     return state, LayerReport(
-        key_error=relative(difference[: len(key_rest)], key_rest),
-        value_error=relative(difference[len(key_rest) :], stacked_value),
-        activation_error=None if statistics is None else weighted(difference, weight, statistics.input_moment),
-        rotated_pairs=kept.tolist(),
+        key_error=relative(difference[:keys], weight[:keys]),
+        value_error=relative(difference[keys:], weight[keys:]),
+        activation_error=None if stack.input_moment is None else weighted(difference, weight, stack.input_moment),
+        rotated_pairs=parts.pair_index.tolist(),
     )
 
 
-def rows_of(projection: Any, heads: int, size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight [heads, D, d] and bias [heads, D, 1] of a projection, float32."""
-    weight = projection.weight.detach().float().view(heads, size, -1)
-    bias = None if projection.bias is None else projection.bias.detach().float().view(heads, size, 1)
-    return weight, bias
+def rows_of(projection: Any, heads: int, size: int) -> torch.Tensor:
+    """Weight and bias (zero if there is none) of a projection, [heads, D, d + 1] in float32."""
+    weight = projection.weight.detach().float()
+    bias = weight.new_zeros(len(weight)) if projection.bias is None else projection.bias.detach().float()
+    return torch.cat((weight, bias[:, None]), dim=1).view(heads, size, -1)
 
 
-def head_rows(kept: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of each key head that keep rotating [G, 2p] and the others [G, K]; first components before second ones."""
-    half = geometry.num_pairs
-    chosen = torch.zeros(geometry.num_kv_heads, half, dtype=torch.bool).scatter_(1, kept, True)
-    others = (~chosen).nonzero()[:, 1].view(geometry.num_kv_heads, -1)
-    return torch.cat((kept, kept + half), dim=1), torch.cat((others, others + half), dim=1)
+def input_moment(statistics: LayerStatistics) -> torch.Tensor:
+    """E[x xᵀ] with the constant 1 that biases multiply as x's last number, [d + 1, d + 1]."""
+    mean = statistics.input_mean[:, None]
+    return torch.cat(
+        (torch.cat((statistics.input_moment, mean), dim=1), torch.cat((mean.T, mean.new_ones(1, 1)), dim=1))
+    )
 
 
-def take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """From rows [heads, D, n] those that index [heads, m] names, head by head: [heads, m, n]."""
-    index = index.to(rows.device)[:, :, None].expand(-1, -1, rows.shape[-1])
-    return rows.gather(1, index)
+def head_moments(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """E[q qᵀ] of every head, [H, K, K], from its rows [H, K, d + 1]."""
+    return rows @ moment @ rows.mT
 
 
-def query_state(weight: torch.Tensor, rank: int | None) -> dict[str, torch.Tensor]:
-    """The query projection whole, or as two factors (DeepSeek-V2, section 2.1.2; no norm stands between them here)."""
+def head_grams(output: torch.Tensor, heads: int) -> torch.Tensor:
+    """W_Oᵀ W_O of every head's columns of the output projection, [H, V, V]."""
+    columns = output.view(len(output), heads, -1).permute(1, 2, 0)
+    return columns @ columns.mT
+
+
+def by_group(matrices: torch.Tensor, groups: int) -> torch.Tensor:
+    """Summed over the query heads of each key/value head: [H, n, n] to [G, n, n]."""
+    return matrices.unflatten(0, (groups, -1)).sum(1)
+
+
+def query_state(weight: torch.Tensor, rank: int | None, moment: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The query projection whole, or as two factors (DeepSeek-V2, section 2.1.2; no norm stands between them here).
+
+    With statistics the factors fit the queries of real inputs, without them the weights.
+    """
     if rank is None:
         return {"q_proj.weight": weight}
-    down, up = low_rank.truncated_svd(weight, rank)
+    if moment is None:
+        down, up = low_rank.truncated_svd(weight, rank)
+    else:
+        down, up = low_rank.weighted_svd(weight, moment[:-1, :-1], rank)
     return {"q_a_proj.weight": down, "q_b_proj.weight": up}
 
 
 def relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
     """Frobenius norm of a difference relative to the whole; 0 where there is nothing."""
-    return float(difference.norm() / whole.norm()) if whole.numel() else 0.0
+    norm = float(whole.norm())
+    return float(difference.norm()) / norm if norm else 0.0
 
 
 def weighted(difference: torch.Tensor, whole: torch.Tensor, moment: torch.Tensor) -> float:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+# Choices of pairs that keep as many of every key head.
+PER_HEAD = {"high", "low", "uniform", "2-norm"}
 DEFAULT_REDUCTION = 0.6875  # the paper's first setting: 24 + 96 of 384 numbers on SmolLM-135M
 
 
@@ -45,7 +47,11 @@ class ConversionOptions:
     kv_lora_rank: r, size of the latent; None: what `reduction` leaves after R.
     reduction: wanted cut of the cache as a fraction, used only where kv_lora_rank is None; default 0.6875.
     partial_rope: which pairs keep their rotation, a name of `mha2mla.partial_rope.STRATEGIES`.
+    rope_basis: the basis that pairs are chosen in, a name of `mha2mla.basis.STRATEGIES`.
+    expected_rotation: pairs that stop rotating get their mean rotation over near distances instead of none.
     low_rank: how keys and values are factored, a name of `mha2mla.low_rank.STRATEGIES`.
+    value_weight: λ of low_rank="attention", the weight of the values' error against the keys'.
+    centered: factor keys and values about their means, which pass through attention as constants (needs calibration).
     q_lora_rank: rank of a factored query projection; None keeps it whole.
     """
 
@@ -53,7 +59,11 @@ class ConversionOptions:
     kv_lora_rank: int | None = None
     reduction: float | None = None
     partial_rope: str = "high"
+    rope_basis: str = "heads"
+    expected_rotation: bool = False
     low_rank: str = "joint"
+    value_weight: float = 0.35
+    centered: bool = False
     q_lora_rank: int | None = None
 
     @classmethod
@@ -83,7 +93,7 @@ class ConversionOptions:
         return replace(self, rope_dim=rope_dim, kv_lora_rank=rank, reduction=None)
 
     def _rope_dim(self, geometry: Geometry) -> int:
-        step = 2 * geometry.num_kv_heads  # a pair for each key/value head
+        step = 2 * geometry.num_kv_heads if self.partial_rope in PER_HEAD else 2  # a pair for each key/value head
         rope_dim = self.rope_dim
         if rope_dim is None:
             rope_dim = max(step, geometry.key_size // 8 // step * step)

@@ -17,11 +17,13 @@ class LayerStatistics:
     """Moments of one layer over all calibration tokens, float32.
 
     input_moment: [d, d], E[x xᵀ] of the attention's input.
+    input_mean: [d], E[x].
     query_norm: [H, F], E‖q_{h,f}‖ of each rotary pair before rotation.
     key_norm: [G, F], E‖k_{g,f}‖ likewise.
     """
 
     input_moment: torch.Tensor
+    input_mean: torch.Tensor
     query_norm: torch.Tensor
     key_norm: torch.Tensor
 
@@ -47,6 +49,7 @@ def collect_statistics(model: Any, batches: Iterable[Any]) -> Statistics:
     sums = [
         LayerStatistics(
             torch.zeros(geometry.hidden_size, geometry.hidden_size, device=device),
+            torch.zeros(geometry.hidden_size, device=device),
             torch.zeros(geometry.num_heads, geometry.num_pairs, device=device),
             torch.zeros(geometry.num_kv_heads, geometry.num_pairs, device=device),
         )
@@ -59,6 +62,7 @@ def collect_statistics(model: Any, batches: Iterable[Any]) -> Statistics:
             x = inputs[0].flatten(0, 1)[kept[0]].float()
             with torch.autocast(x.device.type, enabled=False):  # the model may run in bfloat16, the sums must not
                 total.input_moment += x.T @ x
+            total.input_mean += x.sum(0)
             total.query_norm += pair_norms(output.flatten(0, 1)[kept[0]], geometry.head_dim)
 
         return hook
@@ -91,7 +95,7 @@ def collect_statistics(model: Any, batches: Iterable[Any]) -> Statistics:
     if tokens == 0:
         raise ValueError("calibration text is empty: collect_statistics needs at least one batch with one token")
     for total in sums:
-        for name in ("input_moment", "query_norm", "key_norm"):
+        for name in ("input_moment", "input_mean", "query_norm", "key_norm"):
             getattr(total, name).div_(tokens)
     return Statistics(sums, tokens)
 

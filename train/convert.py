@@ -19,13 +19,14 @@ from transformers import AutoConfig, AutoTokenizer
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import Plan
-from conf.schema import Config, Device, Dtype, Precision
+from conf.precision import computes_bfloat16, torch_dtype
+from conf.schema import Config, Device, Dtype
 from conf.stage import write_json
 from data.calibration import calibration_batches, heldout_batches
 from mha2mla import ConversionOptions, collect_statistics, convert, resolve_options
 from mha2mla.compare import compare
 from train.checkpoint import appearing_in
-from train.launch import NO_CUDA, mixed_precision
+from train.launch import NO_CUDA
 from train.memory import peak_memory_gib
 from train.model import load_model
 
@@ -45,9 +46,9 @@ def load_pretrained(config: Config) -> tuple[Any, Any]:
     if config.launch.device is Device.cuda and not torch.cuda.is_available():
         raise ValueError(NO_CUDA)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=config.model.revision)
-    dtype: Any = "auto" if config.model.dtype is Dtype.auto else getattr(torch, config.model.dtype.value)
-    model = load_model(source, dtype, "get that checkpoint again", revision=config.model.revision)
     on_gpu = config.launch.device is not Device.cpu and torch.cuda.is_available()
+    dtype: Any = "auto" if config.model.dtype is Dtype.auto else torch_dtype(config.model.dtype, not on_gpu)
+    model = load_model(source, dtype, "get that checkpoint again", revision=config.model.revision)
     return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
 
 
@@ -57,8 +58,8 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
     heldout = list(heldout_batches(config, tokenizer))
     print(f"convert: collecting statistics over {config.calibration.tokens:,} tokens", flush=True)
     # Means over thousands of tokens do not need float32 products; the sums are float32 all the same.
-    fast = mixed_precision(Precision.auto, on_cpu=model.device.type == "cpu") == "bf16"
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
+    native = computes_bfloat16(on_cpu=model.device.type == "cpu")
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
         statistics = collect_statistics(model, calibration_batches(config, tokenizer))
     converted, report = convert(model, ConversionOptions.from_config(config.mla), statistics)
     print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)

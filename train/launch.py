@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from conf.precision import computes_bfloat16
 from conf.schema import Device, FinetuneConfig, LaunchConfig, Precision
 
 NO_CUDA = "launch.device=cuda, but torch sees no CUDA device; use launch.device=auto or cpu"
@@ -88,16 +89,12 @@ def start(finetune: FinetuneConfig, launch: LaunchConfig) -> Accelerator:
 
 
 def mixed_precision(wanted: Precision, on_cpu: bool) -> str:
-    """`bf16`, `fp16` or `no`. `auto` is bf16 where the hardware computes in it: emulated it is slower than float32."""
+    """`bf16`, `fp16` or `no`. `auto` is bf16 where the hardware computes in it."""
     if wanted is Precision.fp16 and (on_cpu or not torch.cuda.is_available()):
         raise ValueError("finetune.mixed_precision=fp16 needs CUDA, which torch does not see; use bf16, no or auto")
     if wanted is not Precision.auto:
         return wanted.value
-    if on_cpu:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "no"
+    return "bf16" if computes_bfloat16(on_cpu) else "no"
 
 
 def check_processes(launch: LaunchConfig, found: int) -> None:

@@ -1,0 +1,25 @@
+"""Which floating-point type the hardware at hand computes in. Emulated, bfloat16 is many times slower than float32."""
+
+from typing import Any
+
+from conf.schema import Dtype
+
+
+def computes_bfloat16(on_cpu: bool) -> bool:
+    """Whether matrix products in bfloat16 run natively: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
+    import torch
+
+    if on_cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def torch_dtype(wanted: Dtype, on_cpu: bool, stored: Any = None) -> Any:
+    """The torch dtype that a configured one means here; `stored` is what `auto` stands for."""
+    import torch
+
+    if wanted is Dtype.auto:
+        return stored or torch.float32
+    if wanted is Dtype.native:
+        return torch.bfloat16 if computes_bfloat16(on_cpu) else torch.float32
+    return getattr(torch, wanted.value)

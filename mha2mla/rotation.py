@@ -1,0 +1,132 @@
+"""A layer's queries and keys, cut into what keeps rotating and what does not.
+
+Two layouts of the rotated key (see MLAAttention): one for every key head (N = G, the heads' own basis and as many
+pairs of each), or one that all heads share (N = 1), where a query head's row holds its share of every pair.
+Shapes as in mha2mla/layer.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mha2mla import basis, partial_rope
+from mha2mla.options import PER_HEAD, ConversionOptions, Geometry
+from mha2mla.partial_rope import Pairs
+from mha2mla.statistics import LayerStatistics
+
+NEAR = 16  # tokens; distances that scores mostly look over when a pair is told to stop rotating
+
+
+@dataclass
+class Rotation:
+    """A model's rotary embedding: frequencies [F] in radians a token, the factor that RoPE scaling puts on cos and
+    sin, and the longest context in tokens."""
+
+    frequencies: torch.Tensor
+    scale: float
+    context: int
+
+
+@dataclass
+class Parts:
+    """query_rest [H, K, d + 1], query_rotated [H, P, d + 1], key_rest [G, K, d + 1], key_rotated [N * P, d + 1],
+    pair_index [N, P / 2]."""
+
+    query_rest: torch.Tensor
+    query_rotated: torch.Tensor
+    key_rest: torch.Tensor
+    key_rotated: torch.Tensor
+    pair_index: torch.Tensor
+
+
+def shares_rotated_key(options: ConversionOptions) -> bool:
+    """Whether all heads share one rotated key, as in DeepSeek's models."""
+    return options.rope_basis != "heads" or options.partial_rope not in PER_HEAD
+
+
+def choose_rotation(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    geometry: Geometry,
+    options: ConversionOptions,
+    rotation: Rotation,
+    statistics: LayerStatistics | None,
+    moment: torch.Tensor | None,
+) -> Parts:
+    """Cut query [H, D, d + 1] and key [G, D, d + 1]. moment: [d + 1, d + 1] of the layer's input, if it is known."""
+    assert options.rope_dim is not None
+    groups = geometry.num_kv_heads
+    query, key = as_pairs(query), as_pairs(key)  # [heads, 2, F, d + 1]
+    pairs = Pairs(geometry, options.rope_dim // 2, partial_rope.rotation_loss(rotation.frequencies, rotation.context))
+    mixing = basis.STRATEGIES["heads"](query.new_zeros(geometry.num_pairs, groups, groups))
+    if statistics is not None and moment is not None:
+        key_moment = torch.einsum("gcfi,ij,hcfj->fgh", key, moment, key)
+        query_energy = torch.einsum("hcfi,ij,hcfj->fh", query, moment, query).unflatten(1, (groups, -1)).sum(-1)
+        mixing = basis.STRATEGIES[options.rope_basis](key_moment)
+        pairs.key_energy = torch.einsum("fjg,fgh,fjh->fj", mixing, key_moment, mixing)
+        pairs.query_energy = torch.einsum("fjg,fg->fj", mixing.square(), query_energy)
+        pairs.key_norm = statistics.key_norm.T
+        pairs.query_norm = statistics.query_norm.unflatten(0, (groups, -1)).sum(1).T
+    kept = partial_rope.STRATEGIES[options.partial_rope](pairs).to(query.device)
+
+    rest = query * rotation.scale**2  # what no longer passes through the rotary embedding keeps its factor
+    if options.expected_rotation:
+        rest = turned(rest, rotation.frequencies)
+    if shares_rotated_key(options):
+        return shared(query, key, rest, kept, mixing)
+    return per_head(query, key, rest, kept)
+
+
+def per_head(query: torch.Tensor, key: torch.Tensor, rest: torch.Tensor, kept: torch.Tensor) -> Parts:
+    """A rotated key for every key head: its rows are taken out of the head, nothing is computed."""
+    groups, half = len(key), kept.shape[0]
+    chosen = kept.T.nonzero()[:, 1].view(groups, -1)
+    others = (~kept.T).nonzero()[:, 1].view(groups, -1)
+    rotated, still = torch.cat((chosen, chosen + half), 1), torch.cat((others, others + half), 1)
+    times = len(query) // groups
+    return Parts(
+        query_rest=take(rest.flatten(1, 2), still.repeat_interleave(times, 0)),
+        query_rotated=take(query.flatten(1, 2), rotated.repeat_interleave(times, 0)),
+        key_rest=take(key.flatten(1, 2), still),
+        key_rotated=take(key.flatten(1, 2), rotated).flatten(0, 1),
+        pair_index=chosen,
+    )
+
+
+def shared(
+    query: torch.Tensor, key: torch.Tensor, rest: torch.Tensor, kept: torch.Tensor, mixing: torch.Tensor
+) -> Parts:
+    """One rotated key for all heads: the kept components, and for every query head its share of them."""
+    frequency, component = kept.nonzero().unbind(1)
+    vectors = mixing[frequency, component]  # [P / 2, G]
+    own = vectors.repeat_interleave(len(query) // len(key), 1)  # [P / 2, H]
+    # What is left of the keys of every frequency: their part in the other directions, exactly zero if there are none.
+    left = torch.einsum("fj,fjg,fjh->fgh", (~kept).to(mixing), mixing, mixing)
+    return Parts(
+        query_rest=rest.flatten(1, 2),
+        query_rotated=torch.einsum("ph,hcpi->hcpi", own, query[:, :, frequency]).flatten(1, 2),
+        key_rest=torch.einsum("fgh,hcfi->gcfi", left, key).flatten(1, 2),
+        key_rotated=torch.einsum("pg,gcpi->cpi", vectors, key[:, :, frequency]).flatten(0, 1),
+        pair_index=frequency[None],
+    )
+
+
+def turned(query: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Queries [H, 2, F, n] times the mean rotation over near distances, a rotation and a shrink of every pair.
+
+    E[R(−Δθ)] is the best constant for a pair that stops rotating; here its transpose acts on the query.
+    """
+    mean = partial_rope.mean_rotation(frequencies, torch.exp(-torch.arange(16 * NEAR, dtype=torch.float64) / NEAR))
+    cos, sin = mean.real.to(query)[:, None], mean.imag.to(query)[:, None]
+    first, second = query.unbind(1)
+    return torch.stack((cos * first - sin * second, cos * second + sin * first), dim=1)
+
+
+def as_pairs(rows: torch.Tensor) -> torch.Tensor:
+    """[heads, D, n] as components of pairs, [heads, 2, F, n]."""
+    return rows.unflatten(1, (2, -1))
+
+
+def take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """From rows [heads, D, n] those that index [heads, m] names, head by head: [heads, m, n]."""
+    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[-1]))
