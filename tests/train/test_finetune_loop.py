@@ -35,6 +35,7 @@ class Runs:
 
     def __init__(self, root: Path, **model):
         self.root, self.model_dir, self.data_dir = root, root / "convert", root / "data"
+        self.teacher = None  # of losses that need one
         write_model(self.model_dir, **model)
         write_data(self.data_dir)
 
@@ -43,7 +44,7 @@ class Runs:
         output = self.root / name
         output.mkdir(exist_ok=True)
         accelerator = start(config, LaunchConfig(device=Device.cpu))
-        return finetune(self.model_dir, self.data_dir, output, config, accelerator)
+        return finetune(self.model_dir, self.data_dir, output, config, accelerator, teacher=self.teacher)
 
     def history(self, name: str) -> dict:
         return json.loads((self.root / name / "history.json").read_text())
@@ -176,7 +177,7 @@ def test_compiling_changes_nothing(runs):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "kl"}, "finetune.loss=kl is unknown; there are: ce"),
+        ({"loss": "kl"}, "finetune.loss=kl is unknown; there are: ce, kd, kd.hidden$"),
         ({"global_batch_size": 6, "micro_batch_size": 4}, "finetune.global_batch_size=6 must be a multiple"),
         ({"max_steps": 13}, "finetune.max_steps=13, but 48 sequences of 32 tokens x finetune.epochs=1 give 12 steps"),
         ({"global_batch_size": 50, "micro_batch_size": 50}, "give 0 steps"),
