@@ -156,7 +156,6 @@ def show(result: dict[str, Any]) -> None:
     Console(width=80).print(table)
 
 
-@stage_main
 def run(config: Config) -> None:
     result = measure(config)
     show(result)
@@ -169,7 +168,7 @@ def run(config: Config) -> None:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     transformers.utils.logging.disable_progress_bar()
-    run(cfg)
+    stage_main(run)(cfg)
 
 
 if __name__ == "__main__":
