@@ -168,9 +168,13 @@ def test_old_and_half_written_checkpoints_are_removed(runs):
 
 
 @pytest.mark.slow  # compiling takes most of a minute
-def test_compiling_changes_nothing(runs):
-    runs("plain")
-    runs("compiled", torch_compile=True)
+@pytest.mark.parametrize("loss", ["ce", "kd+hidden"])
+def test_compiling_changes_nothing(runs, loss):
+    if loss != "ce":
+        folder = write_model(runs.root / "teacher", seed=1)
+        runs.teacher = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    runs("plain", loss=loss)
+    runs("compiled", loss=loss, torch_compile=True)
     torch.testing.assert_close(runs.losses("compiled"), runs.losses("plain"), rtol=1e-5, atol=0)
 
 
