@@ -57,8 +57,9 @@ report: $(DONE)  ## tables and picture of a finished run
 sweep: $(DONE)  ## one run for each of RANKS=96,48,24, and one table and picture over all
 	@$(RUN) train.pipeline --multirun mla.kv_lora_rank=$(RANKS) $(OPTIONS)
 
-bench: $(DONE)  ## decode speed and cache size against the original model, as ratios
+bench: $(DONE)  ## decode speed and cache size against the original model, training step of every loss, as ratios
 	@$(RUN) eval.bench $(OPTIONS)
+	@$(RUN) train.bench $(OPTIONS)
 
 test: $(DONE) lint  ## style, types and the fast tests
 	@$(TEST) -n 2

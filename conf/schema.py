@@ -60,6 +60,9 @@ class TrackingMode(Enum):
     none = "none"
 
 
+DISTILLATION = ("kd", "kd+hidden")  # the losses that have a teacher
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -194,7 +197,10 @@ class FinetuneConfig:
     """Healing. Defaults are the paper's recipe (MHA2MLA, appendix); see docs/decisions.md."""
 
     trainable: Trainable = Trainable.all
-    loss: str = "ce"  # a name of train/losses.py
+    loss: str = "ce"  # a name of train/losses.py: ce, kd or kd+hidden
+    teacher: str | None = None  # kd, kd+hidden: hub id or folder; default: the original model
+    kd_temperature: float = 1.0  # kd, kd+hidden: of both distributions; the loss is scaled by its square
+    hidden_weight: float = 1.0  # kd+hidden: of the hidden states' relative squared error, against the divergence's
     learning_rate: float = 1e-4
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -241,6 +247,18 @@ class FinetuneConfig:
             "finetune.warmup_fraction + finetune.decay_fraction must not exceed 1",
         )
         require(self.learning_rate > 0, f"finetune.learning_rate={self.learning_rate} must be positive")
+        for name, losses in (
+            ("teacher", DISTILLATION),
+            ("kd_temperature", DISTILLATION),
+            ("hidden_weight", ("kd+hidden",)),
+        ):
+            value = getattr(self, name)
+            require(
+                self.loss in losses or value == getattr(FinetuneConfig, name),
+                f"finetune.{name}={value} has no effect with finetune.loss={self.loss}; use {' or '.join(losses)}",
+            )
+        for name in ("kd_temperature", "hidden_weight"):
+            require(getattr(self, name) > 0, f"finetune.{name}={getattr(self, name)} must be positive")
 
 
 BUILTIN_TASKS = ("passkey", "key_value", "passage_retrieval", "passage_count", "classification", "code_completion")
@@ -316,7 +334,10 @@ class TrackingConfig:
 
 @dataclass
 class BenchConfig:
-    """`make bench`: decoding against the original model. Times are compared within one run only."""
+    """`make bench`: decoding against the original model, training steps of every loss against cross-entropy.
+
+    Times are compared within one run only.
+    """
 
     batch_size: int = 4
     context: int = 4096  # cached tokens
@@ -324,6 +345,8 @@ class BenchConfig:
     rounds: int = 5  # all variants take turns, so that a busy machine slows them alike
     static_cache: bool = True
     dtype: Dtype = Dtype.native
+    train_steps: int = 2  # timed training steps a round, after one that warms up
+    train_rounds: int = 2  # the losses take turns, each round of each in a process of its own
 
 
 @dataclass

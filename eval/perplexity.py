@@ -15,12 +15,12 @@ import pyarrow.parquet as parquet
 import torch
 from torch.nn import functional
 
+from mha2mla.output_head import ends_with_head
+
 FORWARD_TOKENS = 2048  # tokens of a forward pass, padding included
 HEAD_TOKENS = 512  # tokens whose logits over the whole vocabulary stand in memory at once
 SHORTEST = 16  # shorter pieces of documents are left out: they measure the first words of a text
 IGNORED = -100
-# Families that do something to the logits after the output layer; their own forward has to be used.
-AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def perplexity(model: Any, windows: Sequence[torch.Tensor], on_tokens: Callable[[int], None] | None = None) -> float:
@@ -64,12 +64,12 @@ def batch_loss(model: Any, windows: list[torch.Tensor]) -> tuple[float, int]:
     ids, labels = ids.to(model.device), labels.to(model.device)
     keep = labels != IGNORED
     targets = labels[keep]  # [predicted tokens]
-    if any(getattr(model.config, name, None) for name in AFTER_HEAD):
-        rows = model(input_ids=ids, use_cache=False).logits[keep].split(HEAD_TOKENS)
-    else:
+    if ends_with_head(model):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[keep]
         head = model.get_output_embeddings()
         rows = (head(part) for part in hidden.split(HEAD_TOKENS))
+    else:
+        rows = model(input_ids=ids, use_cache=False).logits[keep].split(HEAD_TOKENS)
     loss = sum(
         functional.cross_entropy(logits.float(), wanted, reduction="sum").item()
         for logits, wanted in zip(rows, targets.split(HEAD_TOKENS), strict=True)

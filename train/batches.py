@@ -16,7 +16,7 @@ import torch
 from datasets import load_dataset
 from torch import Tensor
 
-from train.losses import IGNORE, Batch
+from train.targets import IGNORE, Batch
 
 COLUMNS = ("input_ids", "position_ids")
 

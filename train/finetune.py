@@ -38,11 +38,13 @@ from conf.tracking import open_run
 from train.batches import PackedRows, TrainingOrder, micro_batch, mix_seed
 from train.checkpoint import load_checkpoint, save_checkpoint, without_wrappers
 from train.launch import start
-from train.losses import IGNORE, cross_entropy, loss_function
+from train.losses import check_loss, cross_entropy, loss_function
 from train.memory import peak_memory_gib
 from train.model import save_model, trainable_model
 from train.progress import Display
 from train.schedule import learning_rate_factor
+from train.targets import IGNORE
+from train.teacher import check_teacher, load_teacher
 
 Log = Callable[[dict[str, float], int], Any]  # values by name, step
 
@@ -54,18 +56,22 @@ def finetune(
     config: FinetuneConfig,
     accelerator: Accelerator,
     log: Log | None = None,
+    teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Train the checkpoint in `model_dir` on the shards in `data_dir`; write the result into `output`.
 
+    `teacher` is the frozen model that a loss of distillation learns from (train/teacher.py), on the device.
     Called by every process alike. Continues from the last checkpoint in `output/checkpoints` if there is one.
     Returns the metrics of the run. Raises ValueError for settings that cannot work, before training starts.
     """
     check_settings(config, accelerator.num_processes)
-    loss_of = loss_function(config.loss)
+    loss_of = loss_function(config, teacher)
 
     # Model and data. The same seed everywhere: new weights (LoRA) must start alike on all processes.
     set_seed(config.seed)
     model = trainable_model(model_dir, config)
+    if teacher is not None:
+        check_teacher(teacher, model, config.loss)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     with accelerator.local_main_process_first():
         train_rows = PackedRows(data_dir, "train", vocab_size)
@@ -170,7 +176,7 @@ def finetune(
 
 def check_settings(config: FinetuneConfig, processes: int) -> None:
     """What can be said without model and data."""
-    loss_function(config.loss)
+    check_loss(config.loss)
     share = config.micro_batch_size * processes
     if config.global_batch_size % share:
         raise ValueError(
@@ -231,6 +237,7 @@ def run(config: Config) -> None:
             plan.finetune.skip()
         return
     check_settings(config.finetune, accelerator.num_processes)
+    teacher = load_teacher(config, accelerator)
     accelerator.wait_for_everyone()  # every process has looked before the main one changes the folder
     with plan.finetune.run(resumable=True, force=config.force, main=main) as stage:
         accelerator.wait_for_everyone()
@@ -245,6 +252,7 @@ def run(config: Config) -> None:
                 config.finetune,
                 accelerator,
                 tracker and (lambda values, step: tracker.log(values, step=step)),
+                teacher,
             )
             if tracker:
                 tracker.summary.update(stage.metrics)

@@ -76,6 +76,25 @@ def test_cross_field_checks_name_the_key(override: str, message: str) -> None:
         composed(override)
 
 
+@pytest.mark.parametrize(
+    ("loss", "override", "needed"),
+    [
+        ("ce", "finetune.teacher=org/name", "kd or kd.hidden"),
+        ("ce", "finetune.kd_temperature=2", "kd or kd.hidden"),
+        ("kd", "finetune.hidden_weight=0.5", "kd.hidden"),
+    ],
+)
+def test_settings_of_another_loss_are_errors(loss: str, override: str, needed: str) -> None:
+    with pytest.raises(ValueError, match=f"{override}.* has no effect with finetune.loss={loss}; use {needed}$"):
+        composed(f"finetune.loss={loss}", override)
+    composed("finetune.loss=kd+hidden", override)
+    key = override.split("=")[0]
+    if "teacher" not in key:
+        composed(f"finetune.loss={loss}", f"{key}=1.0")
+        with pytest.raises(ValueError, match=f"{key}=0.0 must be positive"):
+            composed("finetune.loss=kd+hidden", f"{key}=0")
+
+
 def test_paper_defaults() -> None:
     config = composed()
     assert (config.mla.partial_rope, config.mla.low_rank) == ("high", "joint")

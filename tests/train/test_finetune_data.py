@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from mha2mla import ConversionOptions
 from tests.train.tiny import LENGTH, VOCAB, write_data, write_model, write_shard
 from train.batches import PackedRows, TrainingOrder, next_tokens
-from train.losses import IGNORE, cross_entropy, logits
+from train.losses import cross_entropy
 from train.schedule import learning_rate_factor
+from train.targets import IGNORE, forward
 
 
 def test_labels_never_cross_a_document_boundary():
@@ -80,11 +81,11 @@ def test_a_document_does_not_see_the_one_packed_before_it(tmp_path, mla):
     positions = torch.arange(8).repeat(2)[None]
     batches = [{"input_ids": torch.cat([start, second], 1), "position_ids": positions} for start in (first, other)]
     with torch.no_grad():
-        packed, swapped = (logits(model, batch)[:, 8:] for batch in batches)
-        alone = logits(model, {"input_ids": second, "position_ids": positions[:, :8]})
+        packed, swapped = (forward(model, batch).logits[:, 8:] for batch in batches)
+        alone = forward(model, {"input_ids": second, "position_ids": positions[:, :8]}).logits
         # Control: one long document, whose second half must depend on its first.
         long = {"position_ids": torch.arange(16)[None]}
-        one, two = (logits(model, batch | long)[:, 8:] for batch in batches)
+        one, two = (forward(model, batch | long).logits[:, 8:] for batch in batches)
     assert torch.equal(packed, swapped)
     torch.testing.assert_close(packed, alone)
     assert (one - two).abs().max() > 0.01
@@ -97,7 +98,7 @@ def test_cross_entropy_is_a_sum_over_the_targets(tmp_path):
     loss, targets = cross_entropy(model, batch)
     documents = int((batch["position_ids"] == 0).sum())
     assert int(targets) == 3 * LENGTH - documents  # nothing predicts the first token of a document
-    probabilities = logits(model, batch).log_softmax(-1)
+    probabilities = forward(model, batch).logits.log_softmax(-1)
     by_hand = sum(
         -probabilities[row, place, label]
         for row in range(3)

@@ -35,6 +35,7 @@ class Runs:
 
     def __init__(self, root: Path, **model):
         self.root, self.model_dir, self.data_dir = root, root / "convert", root / "data"
+        self.teacher = None  # of losses that need one
         write_model(self.model_dir, **model)
         write_data(self.data_dir)
 
@@ -43,7 +44,7 @@ class Runs:
         output = self.root / name
         output.mkdir(exist_ok=True)
         accelerator = start(config, LaunchConfig(device=Device.cpu))
-        return finetune(self.model_dir, self.data_dir, output, config, accelerator)
+        return finetune(self.model_dir, self.data_dir, output, config, accelerator, teacher=self.teacher)
 
     def history(self, name: str) -> dict:
         return json.loads((self.root / name / "history.json").read_text())
@@ -167,16 +168,20 @@ def test_old_and_half_written_checkpoints_are_removed(runs):
 
 
 @pytest.mark.slow  # compiling takes most of a minute
-def test_compiling_changes_nothing(runs):
-    runs("plain")
-    runs("compiled", torch_compile=True)
+@pytest.mark.parametrize("loss", ["ce", "kd+hidden"])
+def test_compiling_changes_nothing(runs, loss):
+    if loss != "ce":
+        folder = write_model(runs.root / "teacher", seed=1)
+        runs.teacher = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    runs("plain", loss=loss)
+    runs("compiled", loss=loss, torch_compile=True)
     torch.testing.assert_close(runs.losses("compiled"), runs.losses("plain"), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "kl"}, "finetune.loss=kl is unknown; there are: ce"),
+        ({"loss": "kl"}, "finetune.loss=kl is unknown; there are: ce, kd, kd.hidden$"),
         ({"global_batch_size": 6, "micro_batch_size": 4}, "finetune.global_batch_size=6 must be a multiple"),
         ({"max_steps": 13}, "finetune.max_steps=13, but 48 sequences of 32 tokens x finetune.epochs=1 give 12 steps"),
         ({"global_batch_size": 50, "micro_batch_size": 50}, "give 0 steps"),

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from conf.plan import Plan
-from tests.train.tiny import composed, finished_stages, overrides
+from tests.train.tiny import composed, finished_stages, overrides, write_model
 from train.finetune import run
 from train.launch import launch_command
 
@@ -77,6 +77,29 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
+def distilled(root: Path, loss: str) -> dict[str, object]:
+    """Options of a loss, with a teacher that is another model than the student."""
+    return {"loss": loss} | ({} if loss == "ce" else {"teacher": write_model(root / "teacher", seed=1)})
+
+
+def test_a_distillation_resumes_exactly(tmp_path, monkeypatch):
+    """The stage with the teacher it names, stopped before its result is written: it goes on from the checkpoint."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    options = {"max_steps": 12, **distilled(tmp_path, "kd+hidden")}
+    whole = Project(tmp_path / "whole", **options)
+    weights = whole.run_here()
+    stopped = Project(tmp_path / "stopped", **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.finetune.save_model", stop)
+        stopped.run_here()
+    assert [path.name for path in (stopped.folder / "checkpoints").iterdir()] == ["step-000007"]
+    assert equal(stopped.run_here(), weights)
+    assert without_speed(stopped.history()) == without_speed(whole.history())
+
+
 def test_killed_at_a_random_step_ends_with_the_same_weights(tmp_path):
     """SIGKILL; weights bit for bit and every row of the history as of a run that nobody touched."""
     seed = random.randrange(10**6)
@@ -97,9 +120,11 @@ def test_killed_at_a_random_step_ends_with_the_same_weights(tmp_path):
     assert not equal(Project(tmp_path / "control", seed=1).run_here(), weights)
 
 
-def test_two_processes_train_like_one(tmp_path):
+@pytest.mark.parametrize("loss", ["ce", pytest.param("kd+hidden", marks=pytest.mark.slow)])  # one more start
+def test_two_processes_train_like_one(tmp_path, loss):
     """The same curve to rounding, dropout included."""
     options = {"max_steps": 12, "micro_batch_size": 1}  # two micro-batches a step on each of two processes
+    options |= distilled(tmp_path, loss)
     two = Project(tmp_path / "two", **options)
     process = two.start("launch.num_processes=2")
     output = process.communicate()[0]

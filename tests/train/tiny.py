@@ -19,10 +19,14 @@ LENGTH = 32
 
 
 def write_model(
-    folder: Path, dtype: torch.dtype = torch.float32, dropout: float = 0.1, mla: ConversionOptions | None = None
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.1,
+    mla: ConversionOptions | None = None,
+    seed: int = 0,
 ) -> Path:
     """The model itself, or with `mla` what conversion makes of it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=32,

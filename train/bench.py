@@ -1,0 +1,175 @@
+"""Time and memory of a training step with every loss, as ratios to cross-entropy in one run.
+
+    python -m train.bench experiment=laptop
+
+The model is the configuration's, converted without healing; a step is one micro-batch of
+`finetune.micro_batch_size` x `data.sequence_length` random tokens. Every loss runs in fresh processes, for its own
+peak of memory, and the losses take turns, so that a busy machine slows them alike. Writes
+`outputs/<model>/train_bench.json`.
+
+Memory is what a training adds to its prepared model and optimiser: the teacher's weights, optimiser state, gradients,
+activations, logits. Of the process on a CPU, of torch's allocator on CUDA.
+"""
+
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import hydra
+import psutil
+import torch
+import transformers
+from accelerate import Accelerator
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from conf.errors import stage_main
+from conf.plan import plain
+from conf.schema import Config
+from conf.stage import provenance, write_json
+from mha2mla import ConversionOptions, convert
+from train.batches import next_tokens
+from train.convert import load_pretrained
+from train.launch import start
+from train.losses import LOSSES, loss_function
+from train.memory import peak_memory_gib
+from train.model import trainable_model
+from train.targets import Batch
+from train.teacher import load_teacher
+
+GIB = 2**30
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Median seconds a step, memory in GiB and the ratios of both to cross-entropy, by loss."""
+    seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
+    memory: dict[str, list[float]] = {name: [] for name in LOSSES}
+    facts: dict[str, Any] = {}
+    turns = [name for _ in range(config.bench.train_rounds) for name in LOSSES]
+    with tempfile.TemporaryDirectory() as folder:
+        alone(write_converted, config, folder)
+        for name in tqdm(turns, desc="bench", unit="training", disable=None):
+            found = alone(train, config, folder, name)
+            seconds[name] += found.pop("seconds")
+            memory[name].append(found.pop("memory_gib"))
+            facts |= found
+    step = {name: statistics.median(seconds[name]) for name in LOSSES}
+    held = {name: statistics.median(memory[name]) for name in LOSSES}
+    rows = {
+        name: {
+            "seconds_per_step": step[name],
+            "time_against_ce": step[name] / step["ce"],
+            "memory_gib": held[name],
+            "memory_against_ce": held[name] / held["ce"],
+        }
+        for name in LOSSES
+    }
+    return {
+        "model": config.model.name,
+        "tokens": [config.finetune.micro_batch_size, config.data.sequence_length],
+        "trainable": config.finetune.trainable.value,
+        "bench": {name: value for name, value in plain(config.bench).items() if name.startswith("train_")},
+        **facts,
+        "losses": rows,
+        "provenance": provenance(),
+    }
+
+
+def alone(function: Any, *arguments: Any) -> Any:
+    """The function's result, from a process that has done nothing before."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def write_converted(config: Config, folder: str) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    model, _ = load_pretrained(config)
+    converted, _ = convert(model, ConversionOptions.from_config(config.mla))
+    converted.save_pretrained(folder)
+
+
+def train(config: Config, folder: str, name: str) -> dict[str, Any]:
+    """Seconds of each timed step with the loss `name`, and the memory they took beyond the prepared model."""
+    transformers.utils.logging.disable_progress_bar()
+    config.finetune.loss = name
+    accelerator = start(config.finetune, config.launch)
+    model = trainable_model(Path(folder), config.finetune)
+    batch = random_batch(config, model, accelerator.device)
+    if config.finetune.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    before = held_gib(accelerator)
+    loss_of = loss_function(config.finetune, load_teacher(config, accelerator))
+    seconds = []
+    model.train()
+    for _ in range(config.bench.train_steps + 1):
+        began = time.perf_counter()
+        loss, targets = loss_of(model, batch)
+        accelerator.backward(loss / targets)
+        optimizer.step()
+        optimizer.zero_grad()
+        float(loss.detach())  # waits for a GPU
+        seconds.append(time.perf_counter() - began)
+    return {
+        "seconds": seconds[1:],
+        "memory_gib": peak_memory_gib(accelerator.device) - before,
+        "device": accelerator.device.type,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def random_batch(config: Config, model: Any, device: torch.device) -> Batch:
+    shape = config.finetune.micro_batch_size, config.data.sequence_length
+    tokens = torch.randint(model.get_input_embeddings().weight.shape[0], shape)
+    positions = torch.arange(shape[1]).expand(shape)
+    batch = {"input_ids": tokens, "position_ids": positions, "labels": next_tokens(tokens, positions)}
+    return {name: rows.to(device) for name, rows in batch.items()}
+
+
+def held_gib(accelerator: Accelerator) -> float:
+    """What `peak_memory_gib` counts, now."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.memory_allocated(accelerator.device) / GIB
+    return psutil.Process().memory_info().rss / GIB
+
+
+def show(result: dict[str, Any]) -> None:
+    rows, length = result["tokens"]
+    table = Table(title=f"step: {rows} x {length} tokens, {result['trainable']}, precision {result['mixed_precision']}")
+    for heading in ("loss", "s a step", "time", "memory GiB", "memory"):
+        table.add_column(heading, justify="left" if heading == "loss" else "right")
+    for name, row in result["losses"].items():
+        table.add_row(
+            name,
+            f"{row['seconds_per_step']:.2f}",
+            f"{row['time_against_ce']:.2f}x",
+            f"{row['memory_gib']:.2f}",
+            f"{row['memory_against_ce']:.2f}x",
+        )
+    Console(width=80).print(table)
+
+
+def run(config: Config) -> None:
+    result = measure(config)
+    show(result)
+    path = Path(config.output_dir) / str(config.model.name) / "train_bench.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    print(f"written to {path}")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    stage_main(run)(cfg)
+
+
+if __name__ == "__main__":
+    main()
