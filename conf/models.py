@@ -9,7 +9,6 @@ import contextlib
 import fnmatch
 import importlib.util
 import io
-import shutil
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from conf.schema import Config, ModelConfig
-from conf.stage import fingerprint
+from conf.stage import appearing, fingerprint
 
 PACKAGE = "package:"
 
@@ -53,6 +52,8 @@ def local_model(config: Config) -> str:
     model = config.model
     if not model.path.startswith(PACKAGE):
         check_folder("model.path", model.path)
+        if not Path(model.path).expanduser().is_dir():
+            ask_hub(model.path, model.revision)
         return model.path
     target = Path(config.output_dir) / "models" / str(model.name)
     if not (target / "config.json").exists():
@@ -76,6 +77,22 @@ def teacher_config(config: Config) -> Config:
     return replace(config, model=ModelConfig(path=path))
 
 
+def ask_hub(path: str, revision: str | None) -> None:
+    """One question, before transformers asks for every file of a model with many retries each."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+        return
+    try:
+        HfApi().model_info(path, revision=revision, timeout=20)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model.path={path} is not to be had from the hub ({reason}); "
+            "give a hub id such as org/name that this machine can reach, or a local checkpoint folder"
+        ) from error
+
+
 def unpack_gguf(file: Path, target: Path) -> None:
     """Dequantise a GGUF file into a float32 checkpoint folder, which appears only when complete."""
     import torch
@@ -92,12 +109,9 @@ def unpack_gguf(file: Path, target: Path) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    with appearing(target) as folder_of_parts:
+        model.save_pretrained(folder_of_parts)
+        tokenizer.save_pretrained(folder_of_parts)
 
 
 def pretrain_tokens(config: Config) -> float:

@@ -95,7 +95,6 @@ class MLAConfig:
     expected_rotation: bool = False  # pairs that stop rotating get their mean rotation over near distances
     low_rank: str = "joint"  # a name of mha2mla/low_rank.py
     value_weight: float = 0.35  # λ of low_rank=attention
-    centered: bool = False  # factor keys and values about their means
     q_lora_rank: int | None = None
     reconstruction_steps: int = 0  # a layer, on the calibration text, after the closed form (mha2mla/reconstruct.py)
     reconstruction_learning_rate: float = 1e-3
@@ -113,6 +112,11 @@ class CalibrationConfig:
     tokens: int = 16384
     sequence_length: int = 512
     batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequence_length", 8), ("tokens", self.sequence_length), ("batch_size", 1)):
+            value = getattr(self, name)
+            require(value >= least, f"calibration.{name}={value} must be at least {least}")
 
 
 @dataclass
@@ -361,6 +365,7 @@ class StudyPoint(MLAConfig):
 class StudyConfig:
     """Perplexity of conversions without any healing (`python -m eval.training_free`)."""
 
+    name: str = "training_free"  # of the file of results
     text: str | None = None  # plain text file
     tokens: int = 10240  # from its start, without special tokens
     sequence_length: int = 512

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "wandb")
+TEMPORARY = ".tmp"  # ends the name of a folder that is being written
 KEY_FILE = ".key"  # marks an unfinished folder with the key of the run that is filling it
 
 
@@ -60,6 +61,24 @@ def write_json(path: Path, value: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that gets its name when whole; if writing fails (a full disk) nothing is left of it."""
+    temporary = folder.with_name(folder.name + TEMPORARY)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"could not write {folder} ({type(error).__name__}: {error}); nothing of it was kept. "
+            "If the disk is full, make room, and run the same command again"
+        ) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 @dataclass
@@ -108,7 +127,12 @@ class Stage:
         started = time.time()
         if main:
             self._prepare(resumable and not force)
-        yield self
+        try:
+            yield self
+        except BaseException:
+            if main and {path.name for path in self.folder.iterdir()} <= {KEY_FILE, "config.yaml"}:
+                shutil.rmtree(self.folder)  # nothing was made: leave nothing behind
+            raise
         if main:
             write_json(
                 self.folder / "stage.json",

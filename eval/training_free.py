@@ -1,9 +1,10 @@
 """Perplexity of conversions that nothing has healed: what each choice of pairs and factors costs by itself.
 
-    python -m eval.training_free study.text=wikitext2_test.txt
+    python -m eval.training_free study.text=wikitext2_test.txt                 the published method
+    python -m eval.training_free study=methods study.text=wikitext2_test.txt   all methods, and what each part adds
 
 Every point of `study.points` is converted from the same original and measured on the same windows in float32.
-Writes `outputs/<model>/training_free.json`, one row a point, with its reference where there is one.
+Writes `outputs/<model>/<study.name>.json`, one row a point, with its reference where there is one.
 """
 
 from collections.abc import Iterator
@@ -23,8 +24,7 @@ from conf.schema import Config
 from conf.stage import fingerprint, provenance, write_json
 from data.calibration import calibration_batches
 from eval.perplexity import perplexity, text_windows
-from mha2mla import ConversionOptions, collect_statistics, convert, resolve_options
-from mha2mla.partial_rope import NEEDS_CALIBRATION
+from mha2mla import ConversionOptions, collect_statistics, convert, needs_calibration, reconstruct, resolve_options
 
 COLUMNS = "{:<28} {:>4} {:>4} {:>8} {:>11} {:>11} {:>7}"
 
@@ -41,14 +41,19 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
     points = [(point, ConversionOptions.from_config(point)) for point in study.points]
     for _, options in points:
         resolve_options(model.config, options)
-    statistics = None
-    if any(point.partial_rope in NEEDS_CALIBRATION for point in study.points):
-        statistics = collect_statistics(model, calibration_batches(config, tokenizer))
+    statistics, calibration = None, []
+    if any(needs_calibration(options) or point.reconstruction_steps for point, options in points):
+        calibration = list(calibration_batches(config, tokenizer))
+        statistics = collect_statistics(model, calibration)
     yield {"name": "original", "perplexity": perplexity(model, windows)}
     for point, options in points:
         converted, report = convert(model, options, statistics)
+        if point.reconstruction_steps:
+            sequences = [sequence for batch in calibration for sequence in batch.split(1)]
+            reconstruct(model, converted, sequences, point.reconstruction_steps, point.reconstruction_learning_rate)
         found = perplexity(converted, windows)
-        row = plain(point) | {"reduction": report.reduction, "perplexity": found}
+        sizes = {"rope_dim": report.options.rope_dim, "kv_lora_rank": report.options.kv_lora_rank}
+        row = plain(point) | sizes | {"reduction": report.reduction, "perplexity": found}
         if point.reference:
             row["against_reference"] = found / point.reference - 1
         yield row
@@ -73,11 +78,17 @@ def run(config: Config) -> None:
             flush=True,
         )
         found.append(row)
-    path = Path(config.output_dir) / str(config.model.name) / "training_free.json"
+    path = Path(config.output_dir) / str(config.model.name) / f"{config.study.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {"file": Path(str(config.study.text)).name, "fingerprint": fingerprint(str(config.study.text))}
+    corpora = [Path(file).name for source in config.data.sources.values() for file in source.data_files]
+    calibration = plain(config.calibration) | {"data": config.data.name, "files": corpora}
     measured = {"tokens": config.study.tokens, "sequence_length": config.study.sequence_length, "dtype": "float32"}
-    write_json(path, {"model": config.model.name, "text": text | measured, "rows": found, "provenance": provenance()})
+    write_json(
+        path,
+        {"model": config.model.name, "text": text | measured, "rows": found}
+        | {"calibration": calibration, "provenance": provenance()},
+    )
     print(f"written to {path}")
 
 

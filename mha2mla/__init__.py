@@ -10,7 +10,7 @@ Importing this package registers the converted families with transformers' Auto 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mha2mla.cache import cache_bytes
-from mha2mla.convert import ConversionReport, convert, resolve_options
+from mha2mla.convert import ConversionReport, convert, needs_calibration, resolve_options
 from mha2mla.families import FAMILIES, register
 from mha2mla.modeling.configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig
 from mha2mla.modeling.modeling_mla import (
@@ -22,6 +22,7 @@ from mha2mla.modeling.modeling_mla import (
     Qwen2MLAModel,
 )
 from mha2mla.options import ConversionOptions
+from mha2mla.reconstruct import reconstruct
 from mha2mla.statistics import Statistics, collect_statistics
 from mha2mla.version import __version__
 
@@ -45,5 +46,7 @@ __all__ = [
     "cache_bytes",
     "collect_statistics",
     "convert",
+    "needs_calibration",
+    "reconstruct",
     "resolve_options",
 ]

@@ -62,9 +62,8 @@ def resolve_options(config: Any, options: ConversionOptions) -> ConversionOption
 
 def needs_calibration(options: ConversionOptions) -> list[str]:
     """Those of the options that look at calibration text, as `name=value`."""
-    found = [f"{name}={getattr(options, name)}" for name in TABLES]
-    found = [pair for pair in found if pair.split("=")[1] in TABLES[pair.split("=")[0]].NEEDS_CALIBRATION]
-    return found + (["centered=true"] if options.centered else [])
+    chosen = {name: getattr(options, name) for name in TABLES}
+    return [f"{name}={value}" for name, value in chosen.items() if value in TABLES[name].NEEDS_CALIBRATION]
 
 
 def convert(
@@ -133,7 +132,7 @@ def converted_config(config: Any, options: ConversionOptions) -> Any:
             "softmax_scale": size**-0.5,
             "q_proj_bias": qkv_bias,
             "kv_a_proj_bias": qkv_bias,
-            "o_proj_bias": qkv_bias or options.centered,
+            "o_proj_bias": qkv_bias,
         }
     )
 

@@ -43,20 +43,12 @@ def convert_layer(
     moment = None if statistics is None else input_moment(statistics)
 
     parts = choose_rotation(query, key, geometry, options, rotation, statistics, moment)
-    key_rest, key_bias = parts.key_rest.split([geometry.hidden_size, 1], dim=-1)
-    value_rest, value_bias = value.split([geometry.hidden_size, 1], dim=-1)
-
+    key_rest, value_rest = parts.key_rest[..., :-1], value[..., :-1]
     stack = low_rank.Stack(key_rest, value_rest, options.kv_lora_rank, value_weight=options.value_weight)
-    mean = None
-    if moment is not None and statistics is not None:
-        rest = parts.query_rest.flatten(0, 1)
-        stack.input_moment = statistics.input_moment
+    if moment is not None:
+        stack.input_moment = moment[:-1, :-1]
         stack.query_moment = by_group(head_moments(parts.query_rest, moment), groups)
         stack.output_gram = by_group(head_grams(output, heads), groups)
-        if options.centered:
-            mean = statistics.input_mean
-            stack.input_moment = statistics.input_moment - torch.outer(mean, mean)
-        del rest
     down, up = low_rank.STRATEGIES[options.low_rank](stack)
     up_key, up_value = up.split([key_rest.shape[0] * key_rest.shape[1], groups * size])
     up_heads = torch.cat((up_key.unflatten(0, (groups, -1)), up_value.unflatten(0, (groups, -1))), dim=1)
@@ -72,13 +64,8 @@ def convert_layer(
         # A bias on unrotated keys is the same for every key and moves all scores of a query alike: softmax drops it.
         rotated_bias = parts.key_rotated[:, -1]
         state["kv_a_proj_with_mqa.bias"] = torch.cat((rotated_bias.new_zeros(options.kv_lora_rank), rotated_bias))
-    # What every value has in common comes through attention unchanged, since its weights sum to one: it belongs to
-    # the output. That is the values' bias, and of centred statistics what factoring lost of the mean value.
-    common = value_bias[:, :, 0]
-    if mean is not None:
-        common = common + (value_rest @ mean) - (up_value @ (down @ mean)).view(groups, size)
-    if attention.q_proj.bias is not None or mean is not None:
-        passed = output @ common.repeat_interleave(heads // groups, 0).flatten()
+        # A value bias comes through attention unchanged, since its weights sum to one: it belongs to the output.
+        passed = output @ value[..., -1].repeat_interleave(heads // groups, 0).flatten()
         state["o_proj.bias"] = passed if attention.o_proj.bias is None else passed + attention.o_proj.bias.detach()
     state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
     state["rope_pair_index"] = parts.pair_index.to(query.device)

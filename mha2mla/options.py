@@ -43,7 +43,8 @@ class Geometry:
 class ConversionOptions:
     """Sizes and strategies of a conversion.
 
-    rope_dim: R, rotated numbers a token a layer, all heads together; None: an eighth of the keys (the paper's share).
+    rope_dim: R, rotated numbers a token a layer, all heads together; None: an eighth of the keys where every key head
+        keeps as many (the paper's share), else about a quarter of R + r.
     kv_lora_rank: r, size of the latent; None: what `reduction` leaves after R.
     reduction: wanted cut of the cache as a fraction, used only where kv_lora_rank is None; default 0.6875.
     partial_rope: which pairs keep their rotation, a name of `mha2mla.partial_rope.STRATEGIES`.
@@ -51,7 +52,6 @@ class ConversionOptions:
     expected_rotation: pairs that stop rotating get their mean rotation over near distances instead of none.
     low_rank: how keys and values are factored, a name of `mha2mla.low_rank.STRATEGIES`.
     value_weight: λ of low_rank="attention", the weight of the values' error against the keys'.
-    centered: factor keys and values about their means, which pass through attention as constants (needs calibration).
     q_lora_rank: rank of a factored query projection; None keeps it whole.
     """
 
@@ -63,7 +63,6 @@ class ConversionOptions:
     expected_rotation: bool = False
     low_rank: str = "joint"
     value_weight: float = 0.35
-    centered: bool = False
     q_lora_rank: int | None = None
 
     @classmethod
@@ -95,8 +94,10 @@ class ConversionOptions:
     def _rope_dim(self, geometry: Geometry) -> int:
         step = 2 * geometry.num_kv_heads if self.partial_rope in PER_HEAD else 2  # a pair for each key/value head
         rope_dim = self.rope_dim
-        if rope_dim is None:
+        if rope_dim is None and self.partial_rope in PER_HEAD:
             rope_dim = max(step, geometry.key_size // 8 // step * step)
+        elif rope_dim is None:
+            rope_dim = self._share_of_budget(geometry)
         if not 0 < rope_dim <= geometry.key_size:
             raise ValueError(
                 f"rope_dim={rope_dim} is outside 2..{geometry.key_size} (G·D = "
@@ -110,6 +111,21 @@ class ConversionOptions:
             )
         return rope_dim
 
+    def _share_of_budget(self, geometry: Geometry) -> int:
+        """A quarter of R + r, where the loss is flat; for evenly spaced frequencies all of them or a half, a fourth, …,
+        up to half of R + r (64 + 56 of 120 in TransMLA's case is within rounding)."""
+        if self.kv_lora_rank is None:
+            reduction = DEFAULT_REDUCTION if self.reduction is None else self.reduction
+            budget = int(geometry.cache_size * (1 - reduction))
+        else:
+            budget = self.kv_lora_rank * 4 // 3
+        if self.partial_rope != "evenly-spaced":
+            return max(2, min(geometry.key_size, budget // 8 * 2))
+        size = geometry.head_dim
+        while size > max(2, 0.55 * budget) and size % 4 == 0:
+            size //= 2
+        return size
+
     def _rank(self, geometry: Geometry, rope_dim: int) -> int:
         if self.kv_lora_rank is not None:
             return self.kv_lora_rank
@@ -118,7 +134,7 @@ class ConversionOptions:
         rank = min(budget - rope_dim, geometry.full_rank(rope_dim, self.low_rank))
         if rank < 1:
             raise ValueError(
-                f"reduction={reduction} leaves {budget} numbers a token a layer, which rope_dim={rope_dim} uses up; "
-                "ask for a smaller reduction or a smaller rope_dim"
+                f"reduction={reduction} leaves {budget} numbers a token a layer, which rope_dim={rope_dim} "
+                "alone uses up; ask for a smaller reduction or a smaller rope_dim"
             )
         return rank - rank % 2

@@ -17,10 +17,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from conf.stage import write_json
+from conf.stage import TEMPORARY, appearing, write_json
 
 PROGRESS_FILE = "progress.json"
-TEMPORARY = ".tmp"
 
 
 @dataclass
@@ -70,24 +69,6 @@ class Progress:
 
     def write_history(self, path: Path) -> None:
         write_json(path, {"train": self.train, "validation": self.validation})
-
-
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that gets its name when whole; if writing fails (a full disk) nothing is left of it."""
-    temporary = folder.with_name(folder.name + TEMPORARY)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(
-            f"could not write {folder} ({type(error).__name__}: {error}); nothing of it was kept. "
-            "If the disk is full, make room, and run the same command again"
-        ) from error
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 @contextmanager

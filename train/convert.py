@@ -14,6 +14,7 @@ import hydra
 import torch
 import transformers
 from omegaconf import DictConfig
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from conf.errors import stage_main
@@ -23,8 +24,9 @@ from conf.precision import computes_bfloat16, torch_dtype
 from conf.schema import Config, Device, Dtype
 from conf.stage import write_json
 from data.calibration import calibration_batches, heldout_batches
-from mha2mla import ConversionOptions, collect_statistics, convert, resolve_options
+from mha2mla import ConversionOptions, collect_statistics, convert, reconstruct, resolve_options
 from mha2mla.compare import compare
+from mha2mla.reconstruct import LayerFit
 from train.checkpoint import appearing_in
 from train.launch import NO_CUDA
 from train.memory import peak_memory_gib
@@ -60,14 +62,20 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
     # Means over thousands of tokens do not need float32 products; the sums are float32 all the same.
     native = computes_bfloat16(on_cpu=model.device.type == "cpu")
     with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
-        statistics = collect_statistics(model, calibration_batches(config, tokenizer))
+        calibration = list(calibration_batches(config, tokenizer))
+        statistics = collect_statistics(model, calibration)
     converted, report = convert(model, ConversionOptions.from_config(config.mla), statistics)
     print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)
+    found = report.to_dict()
+    if config.mla.reconstruction_steps:
+        found["comparison_before_reconstruction"] = asdict(compare(model, converted, heldout))
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
+            found["reconstruction"] = fit_layers(model, converted, calibration, config)
     comparison = compare(model, converted, heldout)
     with appearing_in(folder) as whole:
         converted.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
-        write_json(whole / "conversion.json", report.to_dict() | {"comparison": asdict(comparison)})
+        write_json(whole / "conversion.json", found | {"comparison": asdict(comparison)})
     print(
         f"convert: perplexity {comparison.perplexity_original:.2f} -> {comparison.perplexity_converted:,.2f} "
         f"before healing ({comparison.tokens:,} held-out tokens)",
@@ -81,6 +89,24 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
         "peak_memory_gib": peak_memory_gib(model.device),
         **asdict(comparison),
     }
+
+
+def fit_layers(model: Any, converted: Any, calibration: list[torch.Tensor], config: Config) -> list[dict[str, float]]:
+    """Layer-wise reconstruction on the calibration text, a sequence a step: many small steps do more than few large."""
+    fits: list[dict[str, float]] = []
+    layers = model.config.num_hidden_layers
+    with tqdm(total=layers, desc="reconstruct", unit="layer", disable=None) as bar:
+
+        def on_layer(index: int, fit: LayerFit) -> None:
+            fits.append(asdict(fit))
+            bar.update()
+            if bar.disable and (index + 1) % 10 == 0:
+                print(f"convert: {index + 1} of {layers} layers reconstructed", flush=True)
+
+        sequences = [sequence for batch in calibration for sequence in batch.split(1)]
+        mla = config.mla
+        reconstruct(model, converted, sequences, mla.reconstruction_steps, mla.reconstruction_learning_rate, on_layer)
+    return fits
 
 
 def summary(size: int, original: int, reduction: float) -> str:

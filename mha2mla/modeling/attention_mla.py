@@ -91,6 +91,10 @@ class MLAAttention(nn.Module):
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             if self.sliding_window is not None:
                 kwargs["sliding_window"] = self.sliding_window
+            missing = self.qk_head_dim - self.v_head_dim
+            if missing > 0 and self.config._attn_implementation == "sdpa":
+                # Its fast kernels want equal sizes; without them a training step on the CPU takes twice as long.
+                values = nn.functional.pad(values, (0, missing))
             output, weights = attend(
                 self,
                 torch.cat((q_nope, q_rot), dim=-1),
@@ -101,6 +105,7 @@ class MLAAttention(nn.Module):
                 scaling=self.scaling,
                 **kwargs,
             )
+            output = output[..., : self.v_head_dim]
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
     def layer_rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

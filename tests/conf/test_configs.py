@@ -96,8 +96,9 @@ def test_settings_of_another_loss_are_errors(loss: str, override: str, needed: s
 
 
 def test_paper_defaults() -> None:
-    config = composed()
-    assert (config.mla.partial_rope, config.mla.low_rank) == ("high", "joint")
+    config = composed("method=mha2mla")
+    assert (config.mla.partial_rope, config.mla.low_rank, config.mla.reconstruction_steps) == ("high", "joint", 0)
+    assert composed().mla == composed("method=best").mla
     assert config.finetune.learning_rate == 1e-4 and config.finetune.global_batch_size == 64
     assert config.data.fraction == 0.003
 

@@ -22,7 +22,7 @@ SMOLLM = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads
         ({"rope_dim": 24, "kv_lora_rank": 361}, r"kv_lora_rank=361 .*outside 1\.\.360"),
         ({"kv_lora_rank": 0}, "kv_lora_rank=0"),
         ({"kv_lora_rank": 96, "reduction": 0.5}, "give one of them"),
-        ({"reduction": 0.99}, "which rope_dim=24 uses up"),
+        ({"reduction": 0.99}, "which rope_dim=24 alone uses up"),
         ({"low_rank": "split", "kv_lora_rank": 95}, "must be even"),
         ({"low_rank": "magic"}, "low_rank='magic' is unknown; choose one of: joint, split"),
         ({"partial_rope": "3-norm"}, "choose one of: high, low, uniform, 2-norm"),

@@ -1,0 +1,62 @@
+"""Layer-wise reconstruction brings a converted model nearer to its original and touches nothing but its attention."""
+
+import pytest
+import torch
+
+from mha2mla import ConversionOptions, collect_statistics, convert, reconstruct
+from mha2mla.compare import compare
+from tests.tiny import tiny_model, tokens
+
+
+def pair(dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, torch.nn.Module]:
+    model = tiny_model().to(dtype)
+    statistics = collect_statistics(model, [tokens(16, 24)])
+    options = ConversionOptions(
+        rope_dim=4, kv_lora_rank=8, partial_rope="rotation-cost", rope_basis="principal", low_rank="attention"
+    )
+    return model, convert(model, options, statistics)[0]
+
+
+def test_it_brings_the_logits_nearer_and_more_steps_nearer_still() -> None:
+    text, found = tokens(16, 24).split(4), []
+    for steps in (0, 20, 200):
+        model, converted = pair()
+        fits = reconstruct(model, converted, text, steps, learning_rate=3e-3)
+        found.append(compare(model, converted, [tokens(8, 24, seed=5)]).kl_divergence)
+        assert len(fits) == 2 and all(fit.after <= fit.before for fit in fits)
+    assert found[2] < 0.9 * found[0] and found == sorted(found, reverse=True)
+
+
+def test_only_attention_changes() -> None:
+    model, converted = pair()
+    before = {name: tensor.clone() for name, tensor in converted.state_dict().items()}
+    theirs = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reconstruct(model, converted, tokens(8, 24).split(4), steps=3)
+    changed = {name for name, tensor in converted.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if ".self_attn." in name and name.endswith("_proj.weight")} | {
+        name for name in before if name.endswith("kv_a_proj_with_mqa.weight")
+    }
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in converted.parameters())
+
+
+def test_zero_steps_change_nothing_and_a_full_budget_has_nothing_to_learn() -> None:
+    model = tiny_model()
+    exact, _ = convert(model, ConversionOptions(rope_dim=16, kv_lora_rank=16))
+    fits = reconstruct(model, exact, tokens(8, 24).split(4), steps=0)
+    assert max(fit.before for fit in fits) < 1e-8
+    _, lossy = pair()
+    assert min(fit.before for fit in reconstruct(model, lossy, tokens(8, 24).split(4), steps=0)) > 1e-2
+
+
+def test_half_precision_stays_half_precision() -> None:
+    model, converted = pair(torch.bfloat16)
+    fits = reconstruct(model, converted, tokens(8, 24).split(4), steps=30, learning_rate=3e-3)
+    assert {parameter.dtype for parameter in converted.parameters()} == {torch.bfloat16}
+    assert all(fit.after < fit.before for fit in fits)
+
+
+def test_no_text_is_an_error() -> None:
+    model, converted = pair()
+    with pytest.raises(ValueError, match="at least one batch"):
+        reconstruct(model, converted, [], steps=3)
