@@ -107,11 +107,11 @@ class MLAConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Text that conversion looks at (strategies such as 2-norm, and the errors in its report)."""
+    """Text that conversion looks at: what its strategies measure, and what layers are reconstructed on."""
 
     tokens: int = 16384
-    sequence_length: int = 512
-    batch_size: int = 4
+    sequence_length: int = 1024  # layers fitted on 512 tokens fall apart beyond them (docs/log.md)
+    batch_size: int = 2
 
     def __post_init__(self) -> None:
         for name, least in (("sequence_length", 8), ("tokens", self.sequence_length), ("batch_size", 1)):
