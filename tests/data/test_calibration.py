@@ -13,7 +13,7 @@ from tests.data.corpora import documents, local, make_config, write_jsonl
 
 def make(tmp_path: Path, texts: list[str], **data: object) -> tuple[Config, object]:
     config = make_config(tmp_path, {"a": local(write_jsonl(tmp_path / "a.jsonl", texts))}, **data)
-    config.calibration.tokens, config.calibration.sequence_length = 320, 32
+    config.calibration.tokens, config.calibration.sequence_length, config.calibration.batch_size = 320, 32, 4
     return config, AutoTokenizer.from_pretrained(config.model.path)
 
 
