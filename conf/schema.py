@@ -13,6 +13,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from conf.naming import point_name
+
 
 class Dtype(Enum):
     auto = "auto"  # what the checkpoint is stored in
@@ -384,19 +386,13 @@ class Config:
     study: StudyConfig = field(default_factory=StudyConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    name: str | None = None  # folder of this point; default: made from the mla options
+    name: str | None = None  # folder of this point; default: see conf/naming.py
     output_dir: str = "outputs"
     force: bool = False  # run a stage again although it is finished
 
     def __post_init__(self) -> None:
         if not self.name:
-            mla = self.mla
-            size = f"r{mla.kv_lora_rank}" if mla.kv_lora_rank else f"cut{mla.reduction or 0.6875:g}"
-            query = f"-q{mla.q_lora_rank}" if mla.q_lora_rank else ""
-            basis = "" if mla.rope_basis == "heads" else f"{mla.rope_basis}-"
-            fitted = f"-fit{mla.reconstruction_steps}" if mla.reconstruction_steps else ""
-            size = f"R{mla.rope_dim or 'auto'}-{size}"
-            self.name = f"{mla.partial_rope}-{basis}{mla.low_rank}-{size}{query}{fitted}"
+            self.name = point_name(self.mla)
 
 
 def typed_config(cfg: DictConfig) -> Config:

@@ -105,7 +105,11 @@ def bench() -> str:
     return table(["decode", "tokens/s", "cache bytes"], rows) + "\n\n" + note
 
 
-TABLES: dict[str, Callable[[], str]] = {"default_run": default_run, "training_free": training_free, "bench": bench}
+TABLES: dict[str, Callable[[], str]] = {
+    "default_run": default_run,
+    "training_free": training_free,
+    "bench": bench,
+}
 
 
 def filled(text: str) -> str:

@@ -7,7 +7,6 @@ its cache at every step, and latent attention that attends the latent itself. Th
 states, since a step takes as long whatever they are. Writes `outputs/<model>/bench.json`.
 """
 
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from conf.plan import plain
 from conf.precision import torch_dtype
 from conf.schema import BenchConfig, Config, Device, Dtype
 from conf.stage import provenance, write_json
-from mha2mla import ConversionOptions, cache_bytes, convert
+from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert
 from mha2mla.modeling.attention_mla import MLAAttention
 
 VARIANTS = ("original", "expanded", "absorbed")
@@ -77,7 +76,9 @@ def measure(config: Config) -> dict[str, Any]:
     dtype: Any = "auto" if bench.dtype is Dtype.auto else torch_dtype(bench.dtype, not on_gpu)
     original = AutoModelForCausalLM.from_pretrained(local_model(config), dtype=dtype)
     original = original.to("cuda" if on_gpu else "cpu").eval()
-    converted, report = convert(original, ConversionOptions.from_config(config.mla))
+    # Any text will do: how fast a step is does not depend on what the weights are.
+    statistics = collect_statistics(original, [torch.arange(64)[None]])
+    converted, report = convert(original, ConversionOptions.from_config(config.mla), statistics)
     models = {"original": original, "expanded": converted, "absorbed": converted}
     caches = {name: filled_cache(model, bench) for name, model in models.items()}
     held = {name: cache_bytes(cache) for name, cache in caches.items()}

@@ -33,7 +33,7 @@ from conf.errors import stage_main
 from conf.plan import plain
 from conf.schema import Config
 from conf.stage import provenance, write_json
-from mha2mla import ConversionOptions, convert
+from mha2mla import ConversionOptions, collect_statistics, convert
 from train.batches import next_tokens
 from train.convert import load_pretrained
 from train.launch import start
@@ -90,7 +90,9 @@ def alone(function: Any, *arguments: Any) -> Any:
 def write_converted(config: Config, folder: str) -> None:
     transformers.utils.logging.disable_progress_bar()
     model, _ = load_pretrained(config)
-    converted, _ = convert(model, ConversionOptions.from_config(config.mla))
+    # Any text will do: how fast a step is does not depend on what the weights are.
+    statistics = collect_statistics(model, [torch.arange(64)[None]])
+    converted, _ = convert(model, ConversionOptions.from_config(config.mla), statistics)
     converted.save_pretrained(folder)
 
 

@@ -103,6 +103,20 @@ def test_paper_defaults() -> None:
     assert config.data.fraction == 0.003
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "best-cut0.6875"),
+        (["method=mha2mla", "mla.rope_dim=24", "mla.kv_lora_rank=48"], "mha2mla-R24-r48"),
+        (["mla.value_weight=0.5", "mla.reduction=0.875"], "best+value_weight-0.5-cut0.875"),
+        (["method=mha2mla", "mla.partial_rope=low", "mla.q_lora_rank=7"], "mha2mla+partial_rope-low-q7-cut0.6875"),
+    ],
+)
+def test_names_of_points_tell_them_apart(words: list[str], name: str) -> None:
+    assert composed(*words).name == name
+    assert composed(*words, "name=mine").name == "mine"
+
+
 def test_no_clock_in_paths_of_single_runs() -> None:
     """Ranks of one launch must agree on every path: `${now:}` may stand in the sweep's folder only."""
     for path in CONF.rglob("*.yaml"):

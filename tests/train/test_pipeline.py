@@ -35,6 +35,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "data.sequence_length=64",
         "calibration.tokens=512",
         "calibration.sequence_length=64",
+        "mla.rope_dim=4",
+        "mla.reconstruction_steps=3",
         "finetune.global_batch_size=4",
         "finetune.max_steps=6",
         "finetune.log_every=2",
@@ -60,7 +62,7 @@ def test_one_command_to_a_healed_model_and_a_report(words: list[str]) -> None:
     results = json.loads((folder / "report" / "results.json").read_text())
     assert (folder / "report" / "report.md").stat().st_size > 500
     assert (folder / "report" / "reduction_vs_drop.png").stat().st_size > 5000
-    # R is an eighth of the keys (4 of 16, in whole pairs of two heads), so 12 numbers stand against 32.
+    # R + r = 12 numbers stand against 32.
     assert f"{100 * (1 - 12 / 32):.2f}" in (folder / "report" / "report.md").read_text()
     assert results["model"] == "model"
     healed = AutoModelForCausalLM.from_pretrained(folder / "finetune")
