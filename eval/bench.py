@@ -7,6 +7,7 @@ its cache at every step, and latent attention that attends the latent itself. Th
 states, since a step takes as long whatever they are. Writes `outputs/<model>/bench.json`.
 """
 
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ def measure(config: Config) -> dict[str, Any]:
     original = AutoModelForCausalLM.from_pretrained(local_model(config), dtype=dtype)
     original = original.to("cuda" if on_gpu else "cpu").eval()
     # Any text will do: how fast a step is does not depend on what the weights are.
-    statistics = collect_statistics(original, [torch.arange(64)[None]])
-    converted, report = convert(original, ConversionOptions.from_config(config.mla), statistics)
+    calibration = collect_statistics(original, [torch.arange(64)[None]])
+    converted, report = convert(original, ConversionOptions.from_config(config.mla), calibration)
     models = {"original": original, "expanded": converted, "absorbed": converted}
     caches = {name: filled_cache(model, bench) for name, model in models.items()}
     held = {name: cache_bytes(cache) for name, cache in caches.items()}
