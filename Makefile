@@ -20,6 +20,7 @@ TEST := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin/python
 DONE := $(VENV)/.installed
 OPTIONS := $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) \
            $(if $(MODEL),model=from_path model.path=$(MODEL)) \
+           $(if $(MODEL),$(if $(filter data=%,$(ARGS)),,data=smollm)) \
            $(if $(GPUS),launch.num_processes=$(GPUS) launch.device=cuda) $(ARGS)
 
 .DEFAULT_GOAL := help

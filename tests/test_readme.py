@@ -37,6 +37,19 @@ def test_make_targets_of_the_readme_exist() -> None:
         assert run.returncode == 0, run.stderr
 
 
+def test_a_model_of_ones_own_heals_on_the_papers_mixture_unless_told_otherwise() -> None:
+    """What the environment carries is far less than 0.3 % of any pretraining."""
+
+    def words(*arguments: str) -> list[str]:
+        command = ["make", "-n", "finetune", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+    assert "data=smollm" in words("MODEL=org/name")
+    assert "data=smollm" in words("MODEL=org/name", "ARGS=data.tokens=5 mla.reduction=0.5")
+    assert "data=smollm" not in words("MODEL=org/name", "ARGS=mla.reduction=0.5 data=local")
+    assert "data=smollm" not in words() and "experiment=laptop" in words()
+
+
 def test_results_carry_their_provenance() -> None:
     import json
 
