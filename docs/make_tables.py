@@ -90,6 +90,27 @@ def training_free() -> str:
     return table(["", "R + r", "perplexity", "authors' code", "off"], rows) + "\n\n" + note
 
 
+def methods() -> str:
+    """Methods without healing at equal cache, and what each ingredient adds."""
+    study = load("methods")
+    rows = [
+        [
+            row["name"],
+            f"{row['rope_dim']} + {row['kv_lora_rank']}" if "rope_dim" in row else "",
+            f"{-100 * row['reduction']:.2f} %" if "reduction" in row else "",
+            number(row["perplexity"]),
+        ]
+        for row in study["rows"]
+    ]
+    looked = study["calibration"]
+    note = (
+        f"{study['model']}, first {study['text']['tokens']:,} tokens of WikiText-2's test text, float32; calibrated "
+        f"on {looked['tokens']:,} tokens of {len(looked['files'])} corpora; {where(study['provenance'])}. "
+        "`docs/results/methods.json`"
+    )
+    return table(["", "R + r", "cache", "perplexity"], rows) + "\n\n" + note
+
+
 def bench() -> str:
     """Decoding against the original model."""
     found = load("bench")
@@ -107,6 +128,7 @@ def bench() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "default_run": default_run,
+    "methods": methods,
     "training_free": training_free,
     "bench": bench,
 }
