@@ -54,7 +54,7 @@ def heldout_batches(
     sequence_length: int | None = None,
     batch_size: int | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The same of documents held out for validation; by default a quarter of the calibration tokens."""
+    """The same of documents held out for validation; by default an eighth of the calibration tokens."""
     split = Split.of(config)
     return batches(
         config,
@@ -62,7 +62,7 @@ def heldout_batches(
         lambda key: split.place(key)[0] == VALIDATION,
         split,
         "held-out data",
-        tokens or max(config.calibration.tokens // 4, config.calibration.sequence_length),
+        tokens or max(config.calibration.tokens // 8, config.calibration.sequence_length),
         sequence_length or config.calibration.sequence_length,
         batch_size or config.calibration.batch_size,
     )
