@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 SIZES = {"rope_dim": "R", "kv_lora_rank": "r", "q_lora_rank": "q"}
-DEFAULT_CUT = 0.6875  # that of the library
+DEFAULT_CUT = 0.6875  # that of the library, which is not imported here: it would load torch
 
 
 def point_name(mla: Any) -> str:

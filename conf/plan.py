@@ -15,7 +15,7 @@ from typing import Any
 
 from conf.models import model_fingerprint, teacher_config
 from conf.schema import DISTILLATION, Config, DataConfig, EvalConfig
-from conf.stage import Stage, fingerprint
+from conf.stage import Stage, fingerprint, write_json
 
 
 def plain(value: Any) -> Any:
@@ -90,6 +90,14 @@ class Plan:
     @property
     def stages(self) -> list[Stage]:
         return [self.convert, self.sample, self.finetune, self.original, self.evaluate, self.report]
+
+
+def write_result(config: Config, name: str, result: dict[str, Any]) -> None:
+    """A measurement that belongs to no point: `outputs/<model>/<name>.json`."""
+    path = Path(config.output_dir) / str(config.model.name) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    print(f"written to {path}")
 
 
 def without(settings: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ states, since a step takes as long whatever they are. Writes `outputs/<model>/be
 
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -23,10 +22,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from conf.errors import stage_main
 from conf.models import local_model
-from conf.plan import plain
+from conf.plan import plain, write_result
 from conf.precision import torch_dtype
-from conf.schema import BenchConfig, Config, Device, Dtype
-from conf.stage import provenance, write_json
+from conf.schema import BenchConfig, Config, Device
+from conf.stage import provenance
 from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert
 from mha2mla.modeling.attention_mla import MLAAttention
 
@@ -74,7 +73,7 @@ def measure(config: Config) -> dict[str, Any]:
     """Seconds a step, tokens/s and cache bytes of every variant, and the ratios to the original."""
     bench = config.bench
     on_gpu = config.launch.device is not Device.cpu and torch.cuda.is_available()
-    dtype: Any = "auto" if bench.dtype is Dtype.auto else torch_dtype(bench.dtype, not on_gpu)
+    dtype = torch_dtype(bench.dtype, not on_gpu, stored="auto")
     original = AutoModelForCausalLM.from_pretrained(local_model(config), dtype=dtype)
     original = original.to("cuda" if on_gpu else "cpu").eval()
     # Any text will do: how fast a step is does not depend on what the weights are.
@@ -138,10 +137,7 @@ def show(result: dict[str, Any]) -> None:
 def run(config: Config) -> None:
     result = measure(config)
     show(result)
-    path = Path(config.output_dir) / str(config.model.name) / "bench.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-    print(f"written to {path}")
+    write_result(config, "bench", result)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.errors import stage_main
 from conf.models import local_model
-from conf.plan import plain
+from conf.plan import plain, write_result
 from conf.schema import Config
-from conf.stage import fingerprint, provenance, write_json
+from conf.stage import fingerprint, provenance
 from data.calibration import calibration_batches
 from eval.perplexity import perplexity, text_windows
 from mha2mla import ConversionOptions, collect_statistics, convert, needs_calibration, reconstruct, resolve_options
@@ -78,18 +78,16 @@ def run(config: Config) -> None:
             flush=True,
         )
         found.append(row)
-    path = Path(config.output_dir) / str(config.model.name) / f"{config.study.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = {"file": Path(str(config.study.text)).name, "fingerprint": fingerprint(str(config.study.text))}
     corpora = [Path(file).name for source in config.data.sources.values() for file in source.data_files]
     calibration = plain(config.calibration) | {"data": config.data.name, "files": corpora}
     measured = {"tokens": config.study.tokens, "sequence_length": config.study.sequence_length, "dtype": "float32"}
-    write_json(
-        path,
+    write_result(
+        config,
+        config.study.name,
         {"model": config.model.name, "text": text | measured, "rows": found}
         | {"calibration": calibration, "provenance": provenance()},
     )
-    print(f"written to {path}")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

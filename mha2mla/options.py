@@ -111,14 +111,18 @@ class ConversionOptions:
             )
         return rope_dim
 
+    @property
+    def _cut(self) -> float:
+        return DEFAULT_REDUCTION if self.reduction is None else self.reduction
+
+    def _budget(self, geometry: Geometry) -> int:
+        """R + r, where a reduction says how large the cache may be."""
+        return int(geometry.cache_size * (1 - self._cut))
+
     def _share_of_budget(self, geometry: Geometry) -> int:
         """A quarter of R + r, where the loss is flat; for evenly spaced frequencies all of them or a half, a fourth, …,
         up to half of R + r (64 + 56 of 120 in TransMLA's case is within rounding)."""
-        if self.kv_lora_rank is None:
-            reduction = DEFAULT_REDUCTION if self.reduction is None else self.reduction
-            budget = int(geometry.cache_size * (1 - reduction))
-        else:
-            budget = self.kv_lora_rank * 4 // 3
+        budget = self._budget(geometry) if self.kv_lora_rank is None else self.kv_lora_rank * 4 // 3
         if self.partial_rope != "evenly-spaced":
             return max(2, min(geometry.key_size, budget // 8 * 2))
         size = geometry.head_dim
@@ -129,12 +133,11 @@ class ConversionOptions:
     def _rank(self, geometry: Geometry, rope_dim: int) -> int:
         if self.kv_lora_rank is not None:
             return self.kv_lora_rank
-        reduction = DEFAULT_REDUCTION if self.reduction is None else self.reduction
-        budget = int(geometry.cache_size * (1 - reduction))
+        budget = self._budget(geometry)
         rank = min(budget - rope_dim, geometry.full_rank(rope_dim, self.low_rank))
         if rank < 1:
             raise ValueError(
-                f"reduction={reduction} leaves {budget} numbers a token a layer, which rope_dim={rope_dim} "
+                f"reduction={self._cut} leaves {budget} numbers a token a layer, which rope_dim={rope_dim} "
                 "alone uses up; ask for a smaller reduction or a smaller rope_dim"
             )
         return rank - rank % 2

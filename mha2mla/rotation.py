@@ -6,6 +6,7 @@ Shapes as in mha2mla/layer.py.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -25,6 +26,17 @@ class Rotation:
     frequencies: torch.Tensor
     scale: float
     context: int
+
+    @cached_property
+    def turn(self) -> torch.Tensor:
+        """[F], see `Pairs.turn`. The same for every layer, and long contexts make it large to compute."""
+        return partial_rope.rotation_loss(self.frequencies, self.context)
+
+    @cached_property
+    def near(self) -> torch.Tensor:
+        """E[exp(iΔθ)] over near distances, complex [F]."""
+        weights = torch.exp(-torch.arange(16 * NEAR, dtype=torch.float64) / NEAR)
+        return partial_rope.mean_rotation(self.frequencies, weights)
 
 
 @dataclass
@@ -57,12 +69,13 @@ def choose_rotation(
     assert options.rope_dim is not None
     groups = geometry.num_kv_heads
     query, key = as_pairs(query), as_pairs(key)  # [heads, 2, F, d + 1]
-    pairs = Pairs(geometry, options.rope_dim // 2, partial_rope.rotation_loss(rotation.frequencies, rotation.context))
+    pairs = Pairs(geometry, options.rope_dim // 2)
     mixing = basis.STRATEGIES["heads"](query.new_zeros(geometry.num_pairs, groups, groups))
     if statistics is not None and moment is not None:
         key_moment = torch.einsum("gcfi,ij,hcfj->fgh", key, moment, key)
         query_energy = torch.einsum("hcfi,ij,hcfj->fh", query, moment, query).unflatten(1, (groups, -1)).sum(-1)
         mixing = basis.STRATEGIES[options.rope_basis](key_moment)
+        pairs.turn = rotation.turn
         pairs.key_energy = torch.einsum("fjg,fgh,fjh->fj", mixing, key_moment, mixing)
         pairs.query_energy = torch.einsum("fjg,fg->fj", mixing.square(), query_energy)
         pairs.key_norm = statistics.key_norm.T
@@ -71,7 +84,7 @@ def choose_rotation(
 
     rest = query * rotation.scale**2  # what no longer passes through the rotary embedding keeps its factor
     if options.expected_rotation:
-        rest = turned(rest, rotation.frequencies)
+        rest = turned(rest, rotation.near)
     if shares_rotated_key(options):
         return shared(query, key, rest, kept, mixing)
     return per_head(query, key, rest, kept)
@@ -111,12 +124,11 @@ def shared(
     )
 
 
-def turned(query: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Queries [H, 2, F, n] times the mean rotation over near distances, a rotation and a shrink of every pair.
+def turned(query: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Queries [H, 2, F, n] times a mean rotation [F], a rotation and a shrink of every pair.
 
     E[R(−Δθ)] is the best constant for a pair that stops rotating; here its transpose acts on the query.
     """
-    mean = partial_rope.mean_rotation(frequencies, torch.exp(-torch.arange(16 * NEAR, dtype=torch.float64) / NEAR))
     cos, sin = mean.real.to(query)[:, None], mean.imag.to(query)[:, None]
     first, second = query.unbind(1)
     return torch.stack((cos * first - sin * second, cos * second + sin * first), dim=1)

@@ -30,9 +30,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from conf.errors import stage_main
-from conf.plan import plain
+from conf.plan import plain, write_result
 from conf.schema import Config
-from conf.stage import provenance, write_json
+from conf.stage import provenance
 from mha2mla import ConversionOptions, collect_statistics, convert
 from train.batches import next_tokens
 from train.convert import load_pretrained
@@ -161,10 +161,7 @@ def show(result: dict[str, Any]) -> None:
 def run(config: Config) -> None:
     result = measure(config)
     show(result)
-    path = Path(config.output_dir) / str(config.model.name) / "train_bench.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-    print(f"written to {path}")
+    write_result(config, "train_bench", result)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -21,7 +21,7 @@ from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import Plan
 from conf.precision import computes_bfloat16, torch_dtype
-from conf.schema import Config, Device, Dtype
+from conf.schema import Config, Device
 from conf.stage import write_json
 from data.calibration import calibration_batches, heldout_batches
 from mha2mla import ConversionOptions, collect_statistics, convert, reconstruct, resolve_options
@@ -49,7 +49,7 @@ def load_pretrained(config: Config) -> tuple[Any, Any]:
         raise ValueError(NO_CUDA)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=config.model.revision)
     on_gpu = config.launch.device is not Device.cpu and torch.cuda.is_available()
-    dtype: Any = "auto" if config.model.dtype is Dtype.auto else torch_dtype(config.model.dtype, not on_gpu)
+    dtype = torch_dtype(config.model.dtype, not on_gpu, stored="auto")
     model = load_model(source, dtype, "get that checkpoint again", revision=config.model.revision)
     return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
 
