@@ -93,6 +93,7 @@ def fit_attention(
         for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
             parameter.grad = gradient
         optimizer.step()
+        torch.clear_autocast_cache()  # it holds the weights in half precision as they were before the step
     for parameter in parameters:
         parameter.grad = None
     attention.to(dtype)

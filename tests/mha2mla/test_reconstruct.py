@@ -56,6 +56,17 @@ def test_half_precision_stays_half_precision() -> None:
     assert all(fit.after < fit.before for fit in fits)
 
 
+def test_under_autocast_every_step_sees_the_weights_of_the_last() -> None:
+    """autocast keeps its half-precision copies of weights until it ends; trained on those, a layer never improves."""
+    text, fits = tokens(16, 24).split(4), {}
+    for enabled in (False, True):
+        model, converted = pair()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            fits[enabled] = reconstruct(model, converted, text, steps=30, learning_rate=3e-3)
+    for full, half in zip(fits[False], fits[True], strict=True):
+        assert full.after < 0.9 * full.before and half.after < 1.1 * full.after
+
+
 def test_no_text_is_an_error() -> None:
     model, converted = pair()
     with pytest.raises(ValueError, match="at least one batch"):
