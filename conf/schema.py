@@ -97,6 +97,7 @@ class MLAConfig:
     expected_rotation: bool = False  # pairs that stop rotating get their mean rotation over near distances
     low_rank: str = "joint"  # a name of mha2mla/low_rank.py
     value_weight: float = 0.35  # λ of low_rank=attention
+    rank_allocation: str = "uniform"  # a name of mha2mla/allocation.py
     q_lora_rank: int | None = None
     reconstruction_steps: int = 0  # a layer, on the calibration text, after the closed form (mha2mla/reconstruct.py)
     reconstruction_learning_rate: float = 1e-3

@@ -27,6 +27,7 @@ from conf.precision import torch_dtype
 from conf.schema import BenchConfig, Config, Device
 from conf.stage import provenance
 from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert
+from mha2mla.families import attention_layers
 from mha2mla.modeling.attention_mla import MLAAttention
 
 VARIANTS = ("original", "expanded", "absorbed")
@@ -38,11 +39,11 @@ def filled_cache(model: Any, bench: BenchConfig) -> Any:
     static = bench.static_cache
     cache = StaticCache(config=model.config, max_cache_len=limit) if static else DynamicCache(config=model.config)
     config, parameter = model.config, next(model.parameters())
-    if hasattr(config, "kv_lora_rank"):
-        shapes = [(1, config.kv_lora_rank), (1, config.rope_dim)]
-    else:
-        shapes = [(config.num_key_value_heads, config.head_dim)] * 2
-    for layer in range(config.num_hidden_layers):
+    for layer, attention in enumerate(attention_layers(model)):
+        if isinstance(attention, MLAAttention):
+            shapes = [(1, attention.kv_lora_rank), (1, attention.rope_dim)]
+        else:
+            shapes = [(config.num_key_value_heads, config.head_dim)] * 2
         states = [
             torch.randn(bench.batch_size, heads, bench.context, size, device=parameter.device).to(parameter.dtype)
             for heads, size in shapes

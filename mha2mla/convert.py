@@ -5,30 +5,32 @@ float32 (singular values in float64) and stored in the model's own dtype.
 """
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from mha2mla import basis, low_rank, partial_rope
+from mha2mla import allocation, basis, low_rank, partial_rope
 from mha2mla.families import attention_layers, family_of, geometry_of
-from mha2mla.layer import LayerReport, convert_layer
+from mha2mla.layer import LayerReport, convert_layer, cut_layer
 from mha2mla.modeling.attention_mla import MLAAttention
 from mha2mla.options import PER_HEAD, ConversionOptions, Geometry
 from mha2mla.rotation import Rotation, shares_rotated_key
 from mha2mla.statistics import Statistics
 
 TABLES: dict[str, Any] = {"partial_rope": partial_rope, "rope_basis": basis, "low_rank": low_rank}
+TABLES["rank_allocation"] = allocation
 EXACT = 1e-3  # relative error that the self-check allows in float32; 1e-6 is what it measures
 
 
 @dataclass
 class ConversionReport:
-    """What a conversion did. Cache sizes are numbers a token a layer; `reduction` compares them in one dtype."""
+    """What a conversion did. Cache sizes are numbers a token a layer, in the mean over the layers; `reduction`
+    compares them in one dtype."""
 
     options: ConversionOptions
     geometry: Geometry
-    cache_size: int
+    cache_size: float
     original_cache_size: int
     reduction: float
     self_check_error: float
@@ -52,6 +54,11 @@ def resolve_options(config: Any, options: ConversionOptions) -> ConversionOption
         )
     if options.rope_basis == "heads" and options.partial_rope == "evenly-spaced":
         raise ValueError("partial_rope=evenly-spaced keeps strongest components: it needs rope_basis=principal")
+    if options.rank_allocation != "uniform" and options.low_rank not in low_rank.JOINT:
+        raise ValueError(
+            f"rank_allocation={options.rank_allocation} compares what factoring keys and values together loses; "
+            f"low_rank={options.low_rank} keeps them apart: use one of {', '.join(low_rank.JOINT)}, or uniform"
+        )
     geometry = geometry_of(config)
     resolved = options.resolve(geometry)
     if resolved.partial_rope not in partial_rope.NEEDS_CALIBRATION:
@@ -83,21 +90,38 @@ def convert(
         wanting = ", ".join(needs_calibration(options))
         raise ValueError(f"{wanting}: looks at calibration text; pass calibration=collect_statistics(...)")
     error = self_check(model)
-    config = converted_config(model.config, options)
+    ranks = allocate(model, options, calibration)
+    config = converted_config(model.config, options, ranks)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." not in name}
     reports, rotation = [], rotation_of(model)
     for index, attention in enumerate(attention_layers(model)):
         statistics = calibration.layers[index] if calibration else None
-        weights, report = convert_layer(attention, geometry, options, rotation, statistics)
+        own = replace(options, kv_lora_rank=ranks[index])
+        weights, report = convert_layer(attention, geometry, own, rotation, statistics)
         state |= {f"{prefix}layers.{index}.self_attn.{name}": tensor for name, tensor in weights.items()}
         reports.append(report)
     target = family.model_class if model.base_model is model else family.causal_lm_class
     converted = build(target, config, state, model)
-    assert options.rope_dim is not None and options.kv_lora_rank is not None
-    size = options.rope_dim + options.kv_lora_rank
+    assert options.rope_dim is not None
+    size = options.rope_dim + sum(ranks) / len(ranks)
     reduction = 1 - size / geometry.cache_size
     return converted, ConversionReport(options, geometry, size, geometry.cache_size, reduction, error, reports)
+
+
+def allocate(model: Any, options: ConversionOptions, calibration: Statistics | None) -> list[int]:
+    """The rank of every layer's latent."""
+    assert options.rope_dim is not None and options.kv_lora_rank is not None
+    layers = attention_layers(model)
+    if options.rank_allocation == "uniform":
+        return [options.kv_lora_rank] * len(layers)
+    geometry, rotation = geometry_of(model.config), rotation_of(model)
+    full, energies = geometry.full_rank(options.rope_dim), []
+    for index, attention in enumerate(layers):
+        statistics = calibration.layers[index] if calibration else None
+        stack = cut_layer(attention, geometry, options, rotation, statistics).stack
+        energies.append(low_rank.energies(stack, options.low_rank)[:full])
+    return allocation.STRATEGIES[options.rank_allocation](energies, options.kv_lora_rank)
 
 
 def rotation_of(model: Any) -> Rotation:
@@ -107,8 +131,9 @@ def rotation_of(model: Any) -> Rotation:
     return Rotation(rotary.inv_freq.float(), scale, model.config.max_position_embeddings)
 
 
-def converted_config(config: Any, options: ConversionOptions) -> Any:
+def converted_config(config: Any, options: ConversionOptions, ranks: list[int] | None = None) -> Any:
     """The family's MLA configuration: everything of the original, and the sizes of the latent attention."""
+    own_ranks = ranks if options.rank_allocation != "uniform" else None
     family, geometry = family_of(config), geometry_of(config)
     kept = config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
@@ -124,6 +149,7 @@ def converted_config(config: Any, options: ConversionOptions) -> Any:
             "auto_map": {"AutoModel": f"{family.model_class.__module__.split('.')[-1]}.{family.model_class.__name__}"},
             "head_dim": size,
             "kv_lora_rank": options.kv_lora_rank,
+            "layer_kv_lora_rank": own_ranks,
             "q_lora_rank": options.q_lora_rank,
             "num_rope_heads": 1 if one_key else geometry.num_kv_heads,
             "qk_rope_head_dim": rotated,

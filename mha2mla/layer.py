@@ -12,7 +12,7 @@ import torch
 
 from mha2mla import low_rank
 from mha2mla.options import ConversionOptions, Geometry
-from mha2mla.rotation import Rotation, choose_rotation
+from mha2mla.rotation import Parts, Rotation, choose_rotation
 from mha2mla.statistics import LayerStatistics
 
 
@@ -20,10 +20,45 @@ from mha2mla.statistics import LayerStatistics
 class LayerReport:
     """Relative Frobenius errors of one layer's factored weights; on activations: weighted by E[x xᵀ]^½."""
 
+    kv_lora_rank: int
     key_error: float
     value_error: float
     activation_error: float | None
     rotated_pairs: list[list[int]]
+
+
+@dataclass
+class LayerCut:
+    """A layer before it is factored: its rows [heads, D, d + 1], what rotates of them and what does not."""
+
+    parts: Parts
+    stack: low_rank.Stack
+    value: torch.Tensor  # [G, D, d + 1]
+    output: torch.Tensor  # [d, H * D]
+    moment: torch.Tensor | None  # [d + 1, d + 1]
+
+
+def cut_layer(
+    attention: Any,
+    geometry: Geometry,
+    options: ConversionOptions,
+    rotation: Rotation,
+    statistics: LayerStatistics | None,
+) -> LayerCut:
+    """A layer's weights in the chosen basis, split into rotated pairs and the stack that becomes the latent."""
+    heads, groups, size = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
+    assert options.kv_lora_rank is not None
+    query, key = rows_of(attention.q_proj, heads, size), rows_of(attention.k_proj, groups, size)
+    value, output = rows_of(attention.v_proj, groups, size), attention.o_proj.weight.detach().float()
+    moment = None if statistics is None else input_moment(statistics)
+    parts = choose_rotation(query, key, geometry, options, rotation, statistics, moment)
+    key_rest, value_rest = parts.key_rest[..., :-1], value[..., :-1]
+    stack = low_rank.Stack(key_rest, value_rest, options.kv_lora_rank, value_weight=options.value_weight)
+    if moment is not None:
+        stack.input_moment = moment[:-1, :-1]
+        stack.query_moment = by_group(head_moments(parts.query_rest, moment), groups)
+        stack.output_gram = by_group(head_grams(output, heads), groups)
+    return LayerCut(parts, stack, value, output, moment)
 
 
 def convert_layer(
@@ -38,17 +73,9 @@ def convert_layer(
     dtype = dtype or attention.q_proj.weight.dtype
     heads, groups, size = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
     assert options.kv_lora_rank is not None
-    query, key = rows_of(attention.q_proj, heads, size), rows_of(attention.k_proj, groups, size)
-    value, output = rows_of(attention.v_proj, groups, size), attention.o_proj.weight.detach().float()
-    moment = None if statistics is None else input_moment(statistics)
-
-    parts = choose_rotation(query, key, geometry, options, rotation, statistics, moment)
-    key_rest, value_rest = parts.key_rest[..., :-1], value[..., :-1]
-    stack = low_rank.Stack(key_rest, value_rest, options.kv_lora_rank, value_weight=options.value_weight)
-    if moment is not None:
-        stack.input_moment = moment[:-1, :-1]
-        stack.query_moment = by_group(head_moments(parts.query_rest, moment), groups)
-        stack.output_gram = by_group(head_grams(output, heads), groups)
+    cut = cut_layer(attention, geometry, options, rotation, statistics)
+    parts, stack, value, output, moment = cut.parts, cut.stack, cut.value, cut.output, cut.moment
+    key_rest = stack.key
     down, up = low_rank.STRATEGIES[options.low_rank](stack)
     up_key, up_value = up.split([key_rest.shape[0] * key_rest.shape[1], groups * size])
     up_heads = torch.cat((up_key.unflatten(0, (groups, -1)), up_value.unflatten(0, (groups, -1))), dim=1)
@@ -68,12 +95,13 @@ def convert_layer(
         passed = output @ value[..., -1].repeat_interleave(heads // groups, 0).flatten()
         state["o_proj.bias"] = passed if attention.o_proj.bias is None else passed + attention.o_proj.bias.detach()
     state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
-    state["rope_pair_index"] = parts.pair_index.to(query.device)
+    state["rope_pair_index"] = parts.pair_index.to(output.device)
 
     weight = stack.rows
     difference = weight - up @ down
     keys = len(up_key)
     return state, LayerReport(
+        kv_lora_rank=len(down),
         key_error=relative(difference[:keys], weight[:keys]),
         value_error=relative(difference[keys:], weight[keys:]),
         activation_error=None if stack.input_moment is None else weighted(difference, weight, stack.input_moment),
@@ -122,7 +150,7 @@ def query_state(weight: torch.Tensor, rank: int | None, moment: torch.Tensor | N
     if moment is None:
         down, up = low_rank.truncated_svd(weight, rank)
     else:
-        down, up = low_rank.weighted_svd(weight, moment[:-1, :-1], rank)
+        down, up = low_rank.weighted_svd(weight, low_rank.Weights(moment[:-1, :-1], None), rank)
     return {"q_a_proj.weight": down, "q_b_proj.weight": up}
 
 

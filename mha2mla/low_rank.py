@@ -1,11 +1,12 @@
 """Rank-r factors of the stacked weights W = [W_K (what lost its rotation); W_V].
 
-A strategy takes a `Stack` and returns (down [r, d], up [k + v, r]) with up @ down ≈ W.
-Selected with `ConversionOptions.low_rank`.
+A strategy takes a `Stack` and returns (down [r, d], up [k + v, r]) with up @ down ≈ W. Those that factor keys and
+values together differ only in how an error counts (`JOINT`). Selected with `ConversionOptions.low_rank`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -47,11 +48,6 @@ def truncated_svd(weight: torch.Tensor, rank: int) -> Factors:
     return vh[:rank].to(weight.dtype), (u[:, :rank] * s[:rank]).to(weight.dtype)
 
 
-def joint(stack: Stack) -> Factors:
-    """One SVD of keys and values together (MHA2MLA, arXiv 2502.14837, section 3.2: SVD_joint)."""
-    return truncated_svd(stack.rows, stack.rank)
-
-
 def split(stack: Stack) -> Factors:
     """Keys and values apart, half of the latent each; what one side's full rank leaves over goes to the other."""
     w_key, w_value = stack.key.flatten(0, 1), stack.value.flatten(0, 1)
@@ -62,26 +58,38 @@ def split(stack: Stack) -> Factors:
     return torch.cat((key_down, value_down)), torch.block_diag(key_up, value_up)
 
 
-def activation(stack: Stack) -> Factors:
-    """Smallest error on the activations, E‖(W − Ŵ) x‖² (SVD-LLM, arXiv 2403.07378; CARE)."""
-    return weighted_svd(stack.rows, stack.input_moment, stack.rank)
+class Weights(NamedTuple):
+    """How an error counts: ‖L (W − Ŵ) C^½‖ with moment C [d, d] and row weights L [k + v, k + v]; None: alike."""
+
+    moment: torch.Tensor | None
+    rows: torch.Tensor | None
 
 
-def balanced(stack: Stack) -> Factors:
+def plain(_: Stack) -> Weights:
+    """All entries of W alike: one SVD of keys and values (MHA2MLA, arXiv 2502.14837, section 3.2: SVD_joint)."""
+    return Weights(None, None)
+
+
+def activation(stack: Stack) -> Weights:
+    """Errors on the activations, E‖(W − Ŵ) x‖² (SVD-LLM, arXiv 2403.07378; CARE, arXiv 2603.17946)."""
+    return Weights(stack.input_moment, None)
+
+
+def balanced(stack: Stack) -> Weights:
     """The same with keys and values at equal energy (TransMLA, arXiv 2502.07864, section 4.3: BKV-PCA)."""
     key, value = stack.key.flatten(0, 1), stack.value.flatten(0, 1)
     identity = torch.eye(len(key), device=key.device), torch.eye(len(value), device=value.device)
-    return weighted_svd(stack.rows, stack.input_moment, stack.rank, equalised(key, value, *identity, stack))
+    return Weights(stack.input_moment, equalised(key, value, *identity, replace(stack, value_weight=1.0)))
 
 
-def attention(stack: Stack) -> Factors:
+def attention(stack: Stack) -> Weights:
     """Errors weighed by what attention does with each number: keys by the queries that meet them, values by the
     output projection that reads them; then equal energy, and λ on the values."""
     assert stack.query_moment is not None and stack.output_gram is not None
     key, value = stack.key.flatten(0, 1), stack.value.flatten(0, 1)
     key_weight, value_weight = root(stack.query_moment), root(stack.output_gram)
     weights = torch.block_diag(*key_weight), torch.block_diag(*value_weight)
-    return weighted_svd(stack.rows, stack.input_moment, stack.rank, equalised(key, value, *weights, stack))
+    return Weights(stack.input_moment, equalised(key, value, *weights, stack))
 
 
 def equalised(
@@ -102,19 +110,15 @@ def root(moment: torch.Tensor) -> torch.Tensor:
     return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2) @ vectors.mT).to(moment.dtype)
 
 
-def weighted_svd(
-    rows: torch.Tensor, moment: torch.Tensor | None, rank: int, weight: torch.Tensor | None = None
-) -> Factors:
-    """Factors with the smallest ‖L (W − Ŵ) C^½‖: rows W [n, d], moment C [d, d], row weights L [n, n].
+def weighted_svd(rows: torch.Tensor, weights: Weights, rank: int) -> Factors:
+    """Factors with the smallest ‖L (W − Ŵ) C^½‖ of rows W [n, d].
 
     No matrix is inverted that calibration could leave singular: `down` spans the leading left vectors of L W C^½, and
     `up` is the least-squares fit of W x to `down` x, which is optimal under any L. Latents come out uncorrelated.
     """
-    assert moment is not None, "convert() refuses strategies that need calibration without any"
-    w, c = rows.double(), moment.double()
-    c = c + torch.eye(len(c), dtype=c.dtype, device=c.device) * (RIDGE * c.diagonal().mean())
-    lw = w if weight is None else weight.double() @ w
-    values, vectors = torch.linalg.eigh(lw @ c @ lw.T)
+    assert weights.moment is not None, "convert() refuses strategies that need calibration without any"
+    w, (lw, c) = rows.double(), weighed(rows, weights)
+    _, vectors = torch.linalg.eigh(lw @ c @ lw.T)
     down = vectors[:, -rank:].flip(1).T @ lw
     # At full rank the rows may depend on each other: directions without energy are left out, not divided by.
     gram = down @ c @ down.T
@@ -126,11 +130,34 @@ def weighted_svd(
     return (down * scale).to(rows.dtype), torch.where(scale.T > 0, up / scale.T, 0.0).to(rows.dtype)
 
 
-STRATEGIES: dict[str, LowRank] = {
-    "joint": joint,
-    "split": split,
-    "activation": activation,
-    "balanced": balanced,
-    "attention": attention,
-}
+def weighed(rows: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """L W [n, d] and C [d, d] in float64."""
+    lw = rows.double() if weights.rows is None else weights.rows.double() @ rows.double()
+    if weights.moment is None:
+        return lw, torch.eye(rows.shape[1], dtype=lw.dtype, device=lw.device)
+    c = weights.moment.double()
+    return lw, c + torch.eye(len(c), dtype=c.dtype, device=c.device) * (RIDGE * c.diagonal().mean())
+
+
+def factored(weigh: Callable[[Stack], Weights]) -> LowRank:
+    """The strategy that factors keys and values together under these weights."""
+
+    def strategy(stack: Stack) -> Factors:
+        weights = weigh(stack)
+        if weights == (None, None):
+            return truncated_svd(stack.rows, stack.rank)
+        return weighted_svd(stack.rows, weights, stack.rank)
+
+    return strategy
+
+
+JOINT = {"joint": plain, "activation": activation, "balanced": balanced, "attention": attention}
+STRATEGIES: dict[str, LowRank] = {name: factored(weigh) for name, weigh in JOINT.items()} | {"split": split}
 NEEDS_CALIBRATION = {"activation", "balanced", "attention"}
+
+
+def energies(stack: Stack, name: str) -> torch.Tensor:
+    """Squared singular values of what a strategy of JOINT cuts off at a rank, largest first: [min(k + v, d)]."""
+    lw, c = weighed(stack.rows, JOINT[name](stack))
+    values = torch.linalg.eigvalsh(lw @ c @ lw.T).flip(0).clamp_min(0)
+    return values[: min(lw.shape)]

@@ -52,6 +52,8 @@ class ConversionOptions:
     expected_rotation: pairs that stop rotating get their mean rotation over near distances instead of none.
     low_rank: how keys and values are factored, a name of `mha2mla.low_rank.STRATEGIES`.
     value_weight: λ of low_rank="attention", the weight of the values' error against the keys'.
+    rank_allocation: how the layers share the latents' budget, a name of `mha2mla.allocation.STRATEGIES`; all but
+        `uniform` give each layer its own rank, of which kv_lora_rank is then the mean.
     q_lora_rank: rank of a factored query projection; None keeps it whole.
     """
 
@@ -63,6 +65,7 @@ class ConversionOptions:
     expected_rotation: bool = False
     low_rank: str = "joint"
     value_weight: float = 0.35
+    rank_allocation: str = "uniform"
     q_lora_rank: int | None = None
 
     @classmethod

@@ -48,6 +48,22 @@ class PackedRows:
         return batch | {"labels": next_tokens(**batch)}
 
 
+class TextRows:
+    """A text in windows of T tokens that stand alone, int64 [N, T]: what a curve of perplexity is measured on."""
+
+    def __init__(self, name: str, windows: Tensor):
+        self.name, self.windows = name, windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def batch(self, indices: list[int]) -> Batch:
+        """As `PackedRows.batch`."""
+        ids = self.windows[indices]
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        return {"input_ids": ids, "position_ids": positions, "labels": next_tokens(ids, positions)}
+
+
 def check_shard(file: Path, vocab_size: int) -> None:
     """Columns and largest token id of a shard, from its footer where the writer left statistics."""
     metadata = pq.read_metadata(file)

@@ -30,12 +30,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from torch import nn
+from transformers import AutoTokenizer
 
 from conf.errors import stage_main
 from conf.plan import Plan, plain
 from conf.schema import Config, FinetuneConfig
 from conf.tracking import open_run
-from train.batches import PackedRows, TrainingOrder, micro_batch, mix_seed
+from eval.perplexity import text_windows
+from train.batches import PackedRows, TextRows, TrainingOrder, micro_batch, mix_seed
 from train.checkpoint import load_checkpoint, save_checkpoint, without_wrappers
 from train.launch import start
 from train.losses import check_loss, cross_entropy, loss_function
@@ -57,10 +59,12 @@ def finetune(
     accelerator: Accelerator,
     log: Log | None = None,
     teacher: nn.Module | None = None,
+    text: TextRows | None = None,
 ) -> dict[str, Any]:
     """Train the checkpoint in `model_dir` on the shards in `data_dir`; write the result into `output`.
 
     `teacher` is the frozen model that a loss of distillation learns from (train/teacher.py), on the device.
+    `text` is another text whose perplexity is measured whenever validation is.
     Called by every process alike. Continues from the last checkpoint in `output/checkpoints` if there is one.
     Returns the metrics of the run. Raises ValueError for settings that cannot work, before training starts.
     """
@@ -107,10 +111,16 @@ def finetune(
                 log({f"{group}/{name}": value for name, value in row.items() if name != "step"}, progress.step)
 
     def validate() -> None:
-        loss = validation_loss(accelerator, model, validation_rows, config)
+        number = max(1, config.eval_tokens // validation_rows.length)
+        loss = validation_loss(accelerator, model, validation_rows, number, config.micro_batch_size)
         row = progress.log_validation(loss, math.exp(loss))
+        shown = f"step {progress.step}/{steps}  validation perplexity {row['perplexity']:.3f}"
+        if text is not None:
+            loss = validation_loss(accelerator, model, text, len(text), config.micro_batch_size)
+            row["text_perplexity"] = math.exp(loss)
+            shown += f", {text.name} {row['text_perplexity']:.3f}"
         record(row, "validation")
-        display.line(f"step {progress.step}/{steps}  validation perplexity {row['perplexity']:.3f}")
+        display.line(shown)
 
     if not progress.validation:
         validate()
@@ -207,10 +217,12 @@ def check_finite(step: int, loss: float, grad_norm: float, mixed_precision: str)
 
 
 @torch.no_grad()
-def validation_loss(accelerator: Accelerator, model: nn.Module, rows: PackedRows, config: FinetuneConfig) -> float:
-    """Mean cross-entropy over the first `finetune.eval_tokens` tokens of the validation split, in nats."""
-    number = min(len(rows), max(1, config.eval_tokens // rows.length))
-    size, rank, processes = config.micro_batch_size, accelerator.process_index, accelerator.num_processes
+def validation_loss(
+    accelerator: Accelerator, model: nn.Module, rows: PackedRows | TextRows, number: int, size: int
+) -> float:
+    """Mean cross-entropy in nats over the first `number` rows, `size` at once on each process."""
+    number = min(len(rows), number)
+    rank, processes = accelerator.process_index, accelerator.num_processes
     sums = torch.zeros(2, device=accelerator.device)
     model.eval()
     for first in range(0, number, size * processes):
@@ -223,6 +235,16 @@ def validation_loss(accelerator: Accelerator, model: nn.Module, rows: PackedRows
     model.train()
     loss, targets = accelerator.reduce(sums, "sum").tolist()
     return loss / max(targets, 1)
+
+
+def text_rows(config: Config) -> TextRows | None:
+    """The text that evaluation will measure, for a curve of it over the training; None if there is none."""
+    if not config.eval.perplexity_text:
+        return None
+    settings, tokenizer = config.eval, AutoTokenizer.from_pretrained(Plan(config).convert.folder)
+    file = Path(settings.perplexity_text).expanduser()
+    windows = text_windows(tokenizer, file, settings.perplexity_sequence_length, settings.perplexity_tokens)
+    return TextRows(file.stem, torch.stack(windows))
 
 
 def run(config: Config) -> None:
@@ -253,6 +275,7 @@ def run(config: Config) -> None:
                 accelerator,
                 tracker and (lambda values, step: tracker.log(values, step=step)),
                 teacher,
+                text_rows(config),
             )
             if tracker:
                 tracker.summary.update(stage.metrics)

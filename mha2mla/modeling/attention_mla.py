@@ -32,7 +32,8 @@ class MLAAttention(nn.Module):
         self.num_key_value_heads = config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.num_rope_heads = config.num_rope_heads
-        self.kv_lora_rank = config.kv_lora_rank
+        ranks = config.layer_kv_lora_rank
+        self.kv_lora_rank = config.kv_lora_rank if ranks is None else ranks[layer_idx]
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.qk_head_dim = config.qk_head_dim

@@ -15,6 +15,7 @@ class MLAConfigMixin:
     """The fields every converted family shares.
 
     kv_lora_rank: r, size of the cached latent.
+    layer_kv_lora_rank: its size in every layer where they differ; kv_lora_rank is then their mean.
     q_lora_rank: rank of the factored query projection; None keeps it whole.
     num_rope_heads: 1 if all heads share one rotated key (DeepSeek), else one per key/value head (MHA2MLA).
     qk_rope_head_dim: rotated numbers of one head; the cache holds R = num_rope_heads * qk_rope_head_dim of them.
@@ -25,6 +26,7 @@ class MLAConfigMixin:
     """
 
     kv_lora_rank: int = 512
+    layer_kv_lora_rank: list[int] | None = None
     q_lora_rank: int | None = None
     num_rope_heads: int = 1
     qk_rope_head_dim: int = 64

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.schema import Device, FinetuneConfig, LaunchConfig, LoraConfig, Precision, Trainable
+from eval.perplexity import perplexity
 from mha2mla import ConversionOptions
 from tests.train.tiny import VOCAB, write_data, write_model
+from train.batches import TextRows
 from train.finetune import finetune
 from train.launch import start
 
@@ -36,6 +38,7 @@ class Runs:
     def __init__(self, root: Path, **model):
         self.root, self.model_dir, self.data_dir = root, root / "convert", root / "data"
         self.teacher = None  # of losses that need one
+        self.text = None  # another text to measure
         write_model(self.model_dir, **model)
         write_data(self.data_dir)
 
@@ -44,7 +47,7 @@ class Runs:
         output = self.root / name
         output.mkdir(exist_ok=True)
         accelerator = start(config, LaunchConfig(device=Device.cpu))
-        return finetune(self.model_dir, self.data_dir, output, config, accelerator, teacher=self.teacher)
+        return finetune(self.model_dir, self.data_dir, output, config, accelerator, None, self.teacher, self.text)
 
     def history(self, name: str) -> dict:
         return json.loads((self.root / name / "history.json").read_text())
@@ -83,6 +86,19 @@ def test_training_learns_and_leaves_an_ordinary_checkpoint(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size == VOCAB
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir() and path.name != "checkpoints"]
+
+
+def test_another_text_is_measured_as_evaluation_does(runs):
+    ids = torch.randint(3, VOCAB, (5, 16), generator=torch.Generator().manual_seed(1))
+    runs.text = TextRows("poem", ids)
+    runs("out")
+    rows = runs.history("out")["validation"]
+    healed = AutoModelForCausalLM.from_pretrained(runs.root / "out")
+    assert len(rows) == 4 and rows[0]["text_perplexity"] != rows[-1]["text_perplexity"]
+    assert rows[-1]["text_perplexity"] == pytest.approx(perplexity(healed, list(ids)), rel=1e-4)
+    runs.text = None
+    runs("without")
+    assert torch.equal(runs.losses("out"), runs.losses("without"))
 
 
 def test_rows_are_means_over_the_steps_since_the_last(runs):
