@@ -23,3 +23,10 @@ def torch_dtype(wanted: Dtype, on_cpu: bool, stored: Any = None) -> Any:
     if wanted is Dtype.native:
         return torch.bfloat16 if computes_bfloat16(on_cpu) else torch.float32
     return getattr(torch, wanted.value)
+
+
+def native_autocast(device_type: str) -> Any:
+    """A context in which matrix products run in bfloat16 where the hardware computes in it."""
+    import torch
+
+    return torch.autocast(device_type, torch.bfloat16, enabled=computes_bfloat16(on_cpu=device_type == "cpu"))

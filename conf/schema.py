@@ -360,7 +360,6 @@ class BenchConfig:
 class StudyPoint(MLAConfig):
     """One conversion of a training-free study."""
 
-    name: str = "???"
     reference: float | None = None  # a perplexity to compare with
 
 
@@ -372,7 +371,8 @@ class StudyConfig:
     text: str | None = None  # plain text file
     tokens: int = 10240  # from its start, without special tokens
     sequence_length: int = 512
-    points: list[StudyPoint] = field(default_factory=list)
+    reductions: list[float] = field(default_factory=list)  # every point at each of these; empty: as the points say
+    points: dict[str, StudyPoint] = field(default_factory=dict)
 
 
 @dataclass

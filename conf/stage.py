@@ -204,6 +204,12 @@ def hardware() -> dict[str, Any]:
     facts: dict[str, Any] = {"machine": platform.machine(), "cores": cores}
     if hasattr(os, "sysconf"):
         facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        lines = dict(line.split(":", 1) for line in cpu.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        named = {name.strip(): value.strip() for name, value in lines.items()}
+        facts["cpu"] = named.get("model name", "unknown")
+        facts["bfloat16"] = bool({"avx512_bf16", "amx_bf16"} & set(named.get("flags", "").split()))
     gpus = shutil.which("nvidia-smi")
     if gpus:
         listed = subprocess.run(

@@ -1,13 +1,16 @@
 """Perplexity of conversions that nothing has healed: what each choice of pairs and factors costs by itself.
 
-    python -m eval.training_free study.text=wikitext2_test.txt                 the published method
-    python -m eval.training_free study=methods study.text=wikitext2_test.txt   all methods, and what each part adds
+    python -m eval.training_free study.text=wikitext2_test.txt                     the published method
+    python -m eval.training_free study=methods study.text=wikitext2_test.txt       all methods at four cache sizes
+    python -m eval.training_free study=ingredients study.text=wikitext2_test.txt   what each part of `best` is worth
 
-Every point of `study.points` is converted from the same original and measured on the same windows in float32.
+Every point of `study.points`, at every one of `study.reductions`, is converted from the same original and measured on
+the same windows in float32; statistics and reconstruction run in bfloat16 where the hardware computes in it.
 Writes `outputs/<model>/<study.name>.json`, one row a point, with its reference where there is one.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import plain, write_result
-from conf.schema import Config
+from conf.precision import native_autocast
+from conf.schema import Config, StudyConfig, StudyPoint
 from conf.stage import fingerprint, provenance
 from data.calibration import calibration_batches
 from eval.perplexity import perplexity, text_windows
 from mha2mla import ConversionOptions, collect_statistics, convert, needs_calibration, reconstruct, resolve_options
 
-COLUMNS = "{:<28} {:>4} {:>4} {:>8} {:>11} {:>11} {:>7}"
+COLUMNS = "{:<31} {:>4} {:>4} {:>8} {:>10} {:>10} {:>7}"
+
+
+def chosen_points(study: StudyConfig) -> list[tuple[str, StudyPoint]]:
+    """The study's points with their names, each at every one of its reductions."""
+    if not study.reductions:
+        return list(study.points.items())
+    return [(name, replace(point, reduction=cut)) for cut in study.reductions for name, point in study.points.items()]
 
 
 def rows(config: Config) -> Iterator[dict[str, Any]]:
@@ -38,22 +49,24 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(source)
     windows = text_windows(tokenizer, Path(study.text), study.sequence_length, study.tokens)
-    points = [(point, ConversionOptions.from_config(point)) for point in study.points]
-    for _, options in points:
+    points = [(name, point, ConversionOptions.from_config(point)) for name, point in chosen_points(study)]
+    for _, _, options in points:
         resolve_options(model.config, options)
     statistics, calibration = None, []
-    if any(needs_calibration(options) or point.reconstruction_steps for point, options in points):
+    if any(needs_calibration(options) or point.reconstruction_steps for _, point, options in points):
         calibration = list(calibration_batches(config, tokenizer))
-        statistics = collect_statistics(model, calibration)
+        with native_autocast("cpu"):
+            statistics = collect_statistics(model, calibration)
     yield {"name": "original", "perplexity": perplexity(model, windows)}
-    for point, options in points:
+    for name, point, options in points:
         converted, report = convert(model, options, statistics)
         if point.reconstruction_steps:
-            sequences = [sequence for batch in calibration for sequence in batch.split(1)]
-            reconstruct(model, converted, sequences, point.reconstruction_steps, point.reconstruction_learning_rate)
+            with native_autocast("cpu"):
+                steps, rate = point.reconstruction_steps, point.reconstruction_learning_rate
+                reconstruct(model, converted, calibration, steps, rate)
         found = perplexity(converted, windows)
         sizes = {"rope_dim": report.options.rope_dim, "kv_lora_rank": report.options.kv_lora_rank}
-        row = plain(point) | sizes | {"reduction": report.reduction, "perplexity": found}
+        row = {"name": name} | plain(point) | sizes | {"reduction": report.reduction, "perplexity": found}
         if point.reference:
             row["against_reference"] = found / point.reference - 1
         yield row

@@ -123,11 +123,13 @@ class ConversionOptions:
         return int(geometry.cache_size * (1 - self._cut))
 
     def _share_of_budget(self, geometry: Geometry) -> int:
-        """A quarter of R + r, where the loss is flat; for evenly spaced frequencies all of them or a half, a fourth, …,
-        up to half of R + r (64 + 56 of 120 in TransMLA's case is within rounding)."""
-        budget = self._budget(geometry) if self.kv_lora_rank is None else self.kv_lora_rank * 4 // 3
+        """A quarter of R + r or a little less, in whole eights where they are so many: kernels like those, and more
+        rotation costs reconstruction more than it gains (docs/log.md). For evenly spaced frequencies all of them or a
+        half, a fourth, …, up to half of R + r (64 + 56 of 120 in TransMLA's case is within rounding)."""
+        budget = self._budget(geometry) if self.kv_lora_rank is None else self.kv_lora_rank * 5 // 4
         if self.partial_rope != "evenly-spaced":
-            return max(2, min(geometry.key_size, budget // 8 * 2))
+            quarter = min(geometry.key_size, budget // 4)
+            return quarter // 8 * 8 if quarter >= 8 else max(2, quarter // 2 * 2)
         size = geometry.head_dim
         while size > max(2, 0.55 * budget) and size % 4 == 0:
             size //= 2

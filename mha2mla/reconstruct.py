@@ -32,11 +32,12 @@ def reconstruct(
     """Train the attention weights of `converted` in place; the original and all other weights stay as they are.
 
     batches: input_ids [B, S] of whole sequences without padding; they are gone through again and again.
-    steps: optimiser steps a layer, one batch each. `on_layer` is told of every finished layer.
+    steps: optimiser steps a layer, one sequence each: many small steps do more than few large ones (docs/log.md).
+    `on_layer` is told of every finished layer.
     Run it under torch.autocast for speed; weights of half precision are trained in float32 and stored back.
     Raises ValueError without a batch.
     """
-    ids = list(batches)
+    ids = [sequence for batch in batches for sequence in batch.split(1)]
     if not ids:
         raise ValueError("reconstruction needs at least one batch of calibration text")
     teacher, student = original.base_model, converted.base_model

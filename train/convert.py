@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import Plan
-from conf.precision import computes_bfloat16, torch_dtype
+from conf.precision import native_autocast, torch_dtype
 from conf.schema import Config, Device
 from conf.stage import write_json
 from data.calibration import calibration_batches, heldout_batches
@@ -60,8 +60,7 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
     heldout = list(heldout_batches(config, tokenizer))
     print(f"convert: collecting statistics over {config.calibration.tokens:,} tokens", flush=True)
     # Means over thousands of tokens do not need float32 products; the sums are float32 all the same.
-    native = computes_bfloat16(on_cpu=model.device.type == "cpu")
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
+    with native_autocast(model.device.type):
         calibration = list(calibration_batches(config, tokenizer))
         statistics = collect_statistics(model, calibration)
     converted, report = convert(model, ConversionOptions.from_config(config.mla), statistics)
@@ -69,7 +68,7 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
     found = report.to_dict()
     if config.mla.reconstruction_steps:
         found["comparison_before_reconstruction"] = asdict(compare(model, converted, heldout))
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
+        with native_autocast(model.device.type):
             found["reconstruction"] = fit_layers(model, converted, calibration, config)
     comparison = compare(model, converted, heldout)
     with appearing_in(folder) as whole:
@@ -92,7 +91,7 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def fit_layers(model: Any, converted: Any, calibration: list[torch.Tensor], config: Config) -> list[dict[str, float]]:
-    """Layer-wise reconstruction on the calibration text, a sequence a step: many small steps do more than few large."""
+    """Layer-wise reconstruction on the calibration text."""
     fits: list[dict[str, float]] = []
     layers = model.config.num_hidden_layers
     with tqdm(total=layers, desc="reconstruct", unit="layer", disable=None) as bar:
@@ -103,9 +102,8 @@ def fit_layers(model: Any, converted: Any, calibration: list[torch.Tensor], conf
             if bar.disable and (index + 1) % 10 == 0:
                 print(f"convert: {index + 1} of {layers} layers reconstructed", flush=True)
 
-        sequences = [sequence for batch in calibration for sequence in batch.split(1)]
         mla = config.mla
-        reconstruct(model, converted, sequences, mla.reconstruction_steps, mla.reconstruction_learning_rate, on_layer)
+        reconstruct(model, converted, calibration, mla.reconstruction_steps, mla.reconstruction_learning_rate, on_layer)
     return fits
 
 

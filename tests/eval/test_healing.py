@@ -1,0 +1,51 @@
+"""Healing curves from what fine-tunings left on disk."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eval.healing import healing_curve, main, tokens_to_reach
+
+CURVE = [(0, 100.0, 50.0), (1000, 60.0, 40.0), (2000, 45.0, 35.0)]
+
+
+def write_run(folder: Path, curve: list[tuple[int, float, float]], text: bool = True, **settings: object) -> Path:
+    for stage in ("convert", "finetune"):
+        (folder / stage).mkdir(parents=True)
+    used = {"loss": "kd", "trainable": "attention", "learning_rate": 1e-3, "global_batch_size": 4} | settings
+    rows = [
+        {"step": step, "tokens": tokens, "loss": 1.0, "perplexity": own} | ({"text_perplexity": other} if text else {})
+        for step, (tokens, other, own) in enumerate(curve)
+    ]
+    metrics = {"tokens": curve[-1][0], "tokens_per_second": 200.0, "mixed_precision": "no"}
+    (folder / "convert" / "conversion.json").write_text(json.dumps({"reduction": 0.6875}))
+    (folder / "finetune" / "config.yaml").write_text(yaml.safe_dump({"finetune": used}))
+    (folder / "finetune" / "history.json").write_text(json.dumps({"validation": rows}))
+    (folder / "finetune" / "stage.json").write_text(json.dumps({"metrics": metrics, "provenance": {"commit": "abc"}}))
+    return folder
+
+
+def test_curves_of_runs_become_json_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [write_run(tmp_path / "a", CURVE), write_run(tmp_path / "b", [(0, 900.0, 800.0), (2000, 80.0, 70.0)])]
+    monkeypatch.setattr(sys, "argv", ["healing", *map(str, runs), "--output", str(tmp_path / "out" / "healing")])
+    main()
+    found = json.loads((tmp_path / "out" / "healing.json").read_text())
+    assert [row["name"] for row in found["runs"]] == ["a", "b"] and found["provenance"] == {"commit": "abc"}
+    assert found["runs"][0]["curve"] == [list(point) for point in CURVE]
+    assert (tmp_path / "out" / "healing.png").stat().st_size > 10_000
+
+
+def test_tokens_to_reach_is_a_measured_point_or_none() -> None:
+    curve = [list(point) for point in CURVE]
+    assert tokens_to_reach(curve, 60.0) == 1000 and tokens_to_reach(curve, 59.0) == 2000
+    assert tokens_to_reach(curve, 44.0) is None
+
+
+def test_unfinished_runs_and_runs_without_a_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no finished fine-tuning"):
+        healing_curve(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="eval.perplexity_text"):
+        healing_curve(write_run(tmp_path / "c", CURVE, text=False))
