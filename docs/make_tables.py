@@ -37,7 +37,8 @@ def number(value: float | None) -> str:
 
 def where(provenance: dict[str, Any]) -> str:
     machine, versions = provenance["hardware"], provenance["versions"]
-    device = ", ".join(machine["gpus"]) if machine.get("gpus") else f"{machine['cores']} CPU cores, no GPU"
+    device = f"{machine['cores']} CPU cores{' with bfloat16' if machine.get('bfloat16') else ''}, no GPU"
+    device = ", ".join(machine["gpus"]) if machine.get("gpus") else device
     libraries = f"torch {versions['torch']}, transformers {versions['transformers']}"
     return f"commit {provenance['commit']}, {device}, {libraries}"
 
@@ -90,25 +91,92 @@ def training_free() -> str:
     return table(["", "R + r", "perplexity", "authors' code", "off"], rows) + "\n\n" + note
 
 
+def study_note(study: dict[str, Any], file: str) -> str:
+    looked = study["calibration"]
+    return (
+        f"{study['model']}, first {study['text']['tokens']:,} tokens of WikiText-2's test text, float32; calibrated "
+        f"on {looked['tokens']:,} tokens of {len(looked['files'])} corpora; {where(study['provenance'])}. "
+        f"`docs/results/{file}.json`"
+    )
+
+
+def words(name: str) -> str:
+    return name.replace("mha2mla_2_norm", "mha2mla, 2-norm").replace("_", " ")
+
+
 def methods() -> str:
-    """Methods without healing at equal cache, and what each ingredient adds."""
+    """Methods without healing: a row a method, a column a cache size."""
     study = load("methods")
+    original, *rows = study["rows"]
+    cuts = list(dict.fromkeys(row["reduction"] for row in rows))
+    cells: dict[str, list[str]] = {"original": [number(original["perplexity"]), *[""] * len(cuts)]}
+    for row in rows:
+        cells.setdefault(row["name"], [""]).append(number(row["perplexity"]))
+    head = ["", "whole cache", *(f"{-100 * cut:g} %" for cut in cuts)]
+    return (
+        table(head, [[words(name), *values] for name, values in cells.items()]) + "\n\n" + study_note(study, "methods")
+    )
+
+
+def ingredients() -> str:
+    """What each ingredient of `best` is worth."""
+    study = load("ingredients")
+    rows = [[words(row["name"]), number(row["perplexity"])] for row in study["rows"][1:]]
+    head = [f"{-100 * study['rows'][1]['reduction']:g} %", "perplexity"]
+    return table(head, rows) + "\n\n" + study_note(study, "ingredients")
+
+
+def healing() -> str:
+    """Perplexity of one text before and after healing."""
+    found = load("healing")
     rows = [
         [
             row["name"],
-            f"{row['rope_dim']} + {row['kv_lora_rank']}" if "rope_dim" in row else "",
-            f"{-100 * row['reduction']:.2f} %" if "reduction" in row else "",
-            number(row["perplexity"]),
+            f"{-100 * row['reduction']:.2f} %",
+            row["loss"],
+            row["trainable"],
+            f"{row['learning_rate']:g}",
+            f"{row['tokens']:,}",
+            number(row["curve"][0][1]),
+            number(row["curve"][-1][1]),
         ]
-        for row in study["rows"]
+        for row in found["runs"]
     ]
-    looked = study["calibration"]
+    head = ["", "cache", "loss", "trained", "rate", "tokens", "converted", "healed"]
+    note = f"SmolLM2-135M-Instruct, WikiText-2 as above; {where(found['provenance'])}. `docs/results/healing.json`"
+    return table(head, rows) + "\n\n" + note
+
+
+def positions() -> str:
+    """Perplexity by position in long documents, as ratios to the original."""
+    found = load("positions")
+    names = list(found["perplexity"])
+    base = found["perplexity"][names[0]]
+    rows = [[names[0], *map(number, base)]]
+    for name in names[1:]:
+        ratios = [value / other for value, other in zip(found["perplexity"][name], base, strict=True)]
+        rows.append([name, *(f"{ratio:.2f}x" for ratio in ratios)])
+    head = ["tokens", *(f"{first:,}-{last:,}" for first, last in found["positions"])]
     note = (
-        f"{study['model']}, first {study['text']['tokens']:,} tokens of WikiText-2's test text, float32; calibrated "
-        f"on {looked['tokens']:,} tokens of {len(looked['files'])} corpora; {where(study['provenance'])}. "
-        "`docs/results/methods.json`"
+        f"{found['documents']} documents of {found['length']:,} tokens; {where(found['provenance'])}. "
+        "`docs/results/positions.json`"
     )
-    return table(["", "R + r", "cache", "perplexity"], rows) + "\n\n" + note
+    return table(head, rows) + "\n\n" + note
+
+
+def train_bench() -> str:
+    """A training step of every loss against cross-entropy."""
+    found = load("train_bench")
+    rows = [
+        [name, f"{row['seconds_per_step']:.2f}", f"{row['time_against_ce']:.2f}x", f"{row['memory_against_ce']:.2f}x"]
+        for name, row in found["losses"].items()
+    ]
+    sequences, length = found["tokens"]
+    note = (
+        f"{found['model']}, {sequences} x {length} tokens, {found['trainable']} trained, {found['mixed_precision']}; "
+        f"{where(found['provenance'])}. `docs/results/train_bench.json`"
+    )
+    return table(["loss", "seconds a step", "time", "memory"], rows) + "\n\n" + note
 
 
 def bench() -> str:
@@ -129,8 +197,12 @@ def bench() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "default_run": default_run,
     "methods": methods,
+    "ingredients": ingredients,
+    "healing": healing,
+    "positions": positions,
     "training_free": training_free,
     "bench": bench,
+    "train_bench": train_bench,
 }
 
 
