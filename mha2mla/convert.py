@@ -183,7 +183,7 @@ def build(target: Any, config: Any, state: dict[str, torch.Tensor], original: An
 def self_check(model: Any) -> float:
     """Relative error of the first layer's attention at full budget, where conversion must be exact.
 
-    Every pair rotates and the latent has full rank, on random hidden states in float32. RuntimeError if it is not.
+    Every pair rotates and the latent has full rank, on random hidden states in float32. ValueError if it is not.
     """
     geometry = geometry_of(model.config)
     full = ConversionOptions(rope_dim=geometry.key_size, kv_lora_rank=geometry.full_rank(geometry.key_size))
@@ -203,7 +203,7 @@ def self_check(model: Any) -> float:
     got, _ = converted(hidden, position_embeddings=position, attention_mask=mask)
     error = float((got - expected).norm() / expected.norm())
     if not error < EXACT:
-        raise RuntimeError(
+        raise ValueError(
             f"conversion of this {model.config.model_type} model is not exact at full budget (relative error "
             f"{error:.1e}, allowed {EXACT}): its attention does something this family's conversion does not know"
         )

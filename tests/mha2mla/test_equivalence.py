@@ -140,7 +140,7 @@ def test_self_check_notices_an_attention_it_does_not_know(monkeypatch: pytest.Mo
 
     assert self_check(model) < EXACT
     monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", normed)
-    with pytest.raises(RuntimeError, match="not exact at full budget"):
+    with pytest.raises(ValueError, match="not exact at full budget"):
         self_check(model)
 
 

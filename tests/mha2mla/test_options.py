@@ -24,7 +24,7 @@ SMOLLM = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads
         ({"kv_lora_rank": 96, "reduction": 0.5}, "give one of them"),
         ({"reduction": 0.99}, "which rope_dim=24 alone uses up"),
         ({"low_rank": "split", "kv_lora_rank": 95}, "must be even"),
-        ({"low_rank": "magic"}, "low_rank='magic' is unknown; choose one of: joint, split"),
+        ({"low_rank": "magic"}, "low_rank='magic' is unknown; choose one of: joint, activation"),
         ({"partial_rope": "3-norm"}, "choose one of: high, low, uniform, 2-norm"),
         ({"partial_rope": "uniform", "rope_dim": 18}, "3 kept pairs a head .*do not divide its 32"),
         ({"q_lora_rank": 577}, r"q_lora_rank=577 is outside 1\.\.576"),
