@@ -206,6 +206,7 @@ class FinetuneConfig:
     trainable: Trainable = Trainable.all
     loss: str = "ce"  # a name of train/losses.py: ce, kd or kd+hidden
     teacher: str | None = None  # kd, kd+hidden: hub id or folder; default: the original model
+    teacher_top_k: int | None = None  # kd: learn from its k likeliest tokens, stored once beside the data
     kd_temperature: float = 1.0  # kd, kd+hidden: of both distributions; the loss is scaled by its square
     hidden_weight: float = 1.0  # kd+hidden: of the hidden states' relative squared error, against the divergence's
     learning_rate: float = 1e-4
@@ -256,6 +257,7 @@ class FinetuneConfig:
         require(self.learning_rate > 0, f"finetune.learning_rate={self.learning_rate} must be positive")
         for name, losses in (
             ("teacher", DISTILLATION),
+            ("teacher_top_k", ("kd",)),
             ("kd_temperature", DISTILLATION),
             ("hidden_weight", ("kd+hidden",)),
         ):
@@ -264,6 +266,10 @@ class FinetuneConfig:
                 self.loss in losses or value == getattr(FinetuneConfig, name),
                 f"finetune.{name}={value} has no effect with finetune.loss={self.loss}; use {' or '.join(losses)}",
             )
+        require(
+            self.teacher_top_k is None or self.teacher_top_k >= 1,
+            f"finetune.teacher_top_k={self.teacher_top_k} must be at least 1",
+        )
         for name in ("kd_temperature", "hidden_weight"):
             require(getattr(self, name) > 0, f"finetune.{name}={getattr(self, name)} must be positive")
 

@@ -1,10 +1,10 @@
 """Healing curves of several fine-tunings: perplexity of one text against training tokens.
 
-    python -m eval.healing outputs/MODEL/RUN... --output docs/results/healing
+    python -m eval.healing outputs/MODEL/RUN... --reference mha2mla --output docs/results/healing
 
 Every run was fine-tuned with `eval.perplexity_text=FILE`, which the trainer then measures whenever it validates. Writes
-OUTPUT.json (a curve a run, what it was trained with, how many times the tokens the slowest run needs to come as far)
-and OUTPUT.png.
+OUTPUT.json (a curve a run, what it was trained with, and how many times fewer tokens it needed than the run of the same
+cache size whose name begins like the reference) and OUTPUT.png.
 """
 
 import argparse
@@ -26,6 +26,7 @@ def healing_curve(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no finished fine-tuning ({stage} is missing)")
     metrics = json.loads(stage.read_text())["metrics"]
     settings = yaml.safe_load((folder / "finetune" / "config.yaml").read_text())["finetune"]
+    converted = json.loads((folder / "convert" / "stage.json").read_text())["metrics"]
     conversion = json.loads((folder / "convert" / "conversion.json").read_text())
     history = json.loads((folder / "finetune" / "history.json").read_text())["validation"]
     if not all("text_perplexity" in row for row in history):
@@ -33,7 +34,7 @@ def healing_curve(folder: Path) -> dict[str, Any]:
     return {
         "name": folder.name,
         "reduction": conversion["reduction"],
-        "reconstructed": bool(conversion.get("reconstruction")),
+        "calibration_tokens": converted["calibration_tokens"],
         **{name: settings[name] for name in SETTINGS},
         "tokens": metrics["tokens"],
         "tokens_per_second": metrics["tokens_per_second"],
@@ -45,6 +46,23 @@ def healing_curve(folder: Path) -> dict[str, Any]:
 def tokens_to_reach(curve: list[list[float]], perplexity: float) -> float | None:
     """Training tokens after which the text's perplexity is at most this, at a measured point; None if never."""
     return next((tokens for tokens, text, _ in curve if text <= perplexity), None)
+
+
+def saved_tokens(row: dict[str, Any], rows: list[dict[str, Any]], reference: str) -> dict[str, Any] | None:
+    """How many times the tokens of `row` the reference took to its own last perplexity, calibration text included.
+
+    None where no other run of the same cache size is called so, or where `row` never comes as far.
+    """
+    others = [other for other in rows if other["name"].startswith(reference) and other["reduction"] == row["reduction"]]
+    if not others or row in others:
+        return None
+    other = min(others, key=lambda run: run["curve"][-1][1])
+    perplexity = other["curve"][-1][1]
+    tokens = tokens_to_reach(row["curve"], perplexity)
+    if tokens is None:
+        return None
+    ours, theirs = tokens + row["calibration_tokens"], other["tokens"] + other["calibration_tokens"]
+    return {"reference": other["name"], "perplexity": perplexity, "tokens": ours, "times_fewer": theirs / ours}
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
@@ -90,9 +108,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders: outputs/MODEL/RUN")
     parser.add_argument("--output", type=Path, required=True, help="path of the JSON and the picture, without suffix")
+    parser.add_argument("--reference", default="mha2mla", help="how the names of runs to compare with begin")
     options = parser.parse_args()
     try:
         rows = [healing_curve(run) for run in options.runs]
+        for row in rows:
+            row["saved"] = saved_tokens(row, rows, options.reference)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
     options.output.parent.mkdir(parents=True, exist_ok=True)

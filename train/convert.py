@@ -107,8 +107,8 @@ def fit_layers(model: Any, converted: Any, calibration: list[torch.Tensor], conf
     return fits
 
 
-def summary(size: int, original: int, reduction: float) -> str:
-    return f"{size} numbers a token a layer instead of {original} (-{100 * reduction:.2f} %)"
+def summary(size: float, original: int, reduction: float) -> str:
+    return f"{size:g} numbers a token a layer instead of {original} (-{100 * reduction:.2f} %)"
 
 
 @stage_main

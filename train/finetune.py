@@ -12,6 +12,7 @@ The folder of the stage ends up as an ordinary checkpoint of the converted model
 `history.json` beside it.
 """
 
+import functools
 import logging
 import math
 import shutil
@@ -33,7 +34,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from conf.errors import stage_main
-from conf.plan import Plan, plain
+from conf.plan import Plan, plain, teacher_fingerprint
 from conf.schema import Config, FinetuneConfig
 from conf.tracking import open_run
 from eval.perplexity import text_windows
@@ -42,9 +43,10 @@ from train.checkpoint import load_checkpoint, save_checkpoint, without_wrappers
 from train.launch import start
 from train.losses import check_loss, cross_entropy, loss_function
 from train.memory import peak_memory_gib
-from train.model import save_model, trainable_model
+from train.model import load_model, save_model, trainable_model
 from train.progress import Display
 from train.schedule import learning_rate_factor
+from train.stored_teacher import StoredTeacher, stored_teacher
 from train.targets import IGNORE
 from train.teacher import check_teacher, load_teacher
 
@@ -60,10 +62,12 @@ def finetune(
     log: Log | None = None,
     teacher: nn.Module | None = None,
     text: TextRows | None = None,
+    stored: Callable[[PackedRows], StoredTeacher] | None = None,
 ) -> dict[str, Any]:
     """Train the checkpoint in `model_dir` on the shards in `data_dir`; write the result into `output`.
 
     `teacher` is the frozen model that a loss of distillation learns from (train/teacher.py), on the device.
+    `stored` makes or finds what a loss learns from instead, for the training rows (train/stored_teacher.py).
     `text` is another text whose perplexity is measured whenever validation is.
     Called by every process alike. Continues from the last checkpoint in `output/checkpoints` if there is one.
     Returns the metrics of the run. Raises ValueError for settings that cannot work, before training starts.
@@ -80,6 +84,7 @@ def finetune(
     with accelerator.local_main_process_first():
         train_rows = PackedRows(data_dir, "train", vocab_size)
         validation_rows = PackedRows(data_dir, "validation", vocab_size)
+    teachings = stored(train_rows) if stored else None
     order = TrainingOrder(len(train_rows), config.global_batch_size, config.epochs, config.seed)
     steps = number_of_steps(config, order, train_rows)
 
@@ -133,6 +138,8 @@ def finetune(
 
         # The whole global batch, the same on every process; each trains on every n-th micro-batch of it.
         batch = train_rows.batch(order.rows(step))
+        if teachings:
+            batch |= teachings.batch(order.rows(step))
         targets = max(int((batch["labels"] != IGNORE).sum()), 1)
         micro_batches = config.global_batch_size // config.micro_batch_size
         mine = range(accelerator.process_index, micro_batches, accelerator.num_processes)
@@ -247,6 +254,20 @@ def text_rows(config: Config) -> TextRows | None:
     return TextRows(file.stem, torch.stack(windows))
 
 
+def stored_rows(config: Config, accelerator: Accelerator, rows: PackedRows) -> StoredTeacher:
+    """The teacher's likeliest tokens for these rows; the teacher is loaded only where nothing is stored."""
+    plan = Plan(config)
+
+    def load() -> nn.Module:
+        teacher = load_teacher(config, accelerator)
+        assert teacher is not None
+        check_teacher(teacher, load_model(plan.convert.folder, torch.float32), config.finetune.loss)
+        return teacher
+
+    key = {"sample": plan.sample.key, "precision": accelerator.mixed_precision} | teacher_fingerprint(config)
+    return stored_teacher(plan.sample.folder, rows, config.finetune, key, load, accelerator)
+
+
 def run(config: Config) -> None:
     """The stage: what it needs must be finished, and it is not run again if it is."""
     plan = Plan(config)
@@ -259,7 +280,8 @@ def run(config: Config) -> None:
             plan.finetune.skip()
         return
     check_settings(config.finetune, accelerator.num_processes)
-    teacher = load_teacher(config, accelerator)
+    top_k = config.finetune.teacher_top_k
+    teacher = None if top_k else load_teacher(config, accelerator)
     accelerator.wait_for_everyone()  # every process has looked before the main one changes the folder
     with plan.finetune.run(resumable=True, force=config.force, main=main) as stage:
         accelerator.wait_for_everyone()
@@ -276,6 +298,7 @@ def run(config: Config) -> None:
                 tracker and (lambda values, step: tracker.log(values, step=step)),
                 teacher,
                 text_rows(config),
+                functools.partial(stored_rows, config, accelerator) if top_k else None,
             )
             if tracker:
                 tracker.summary.update(stage.metrics)

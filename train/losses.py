@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from conf.schema import DISTILLATION, FinetuneConfig
 from train.distillation import logits_and_hidden_states, logits_only
 from train.rowwise import sum_over_rows
+from train.stored_teacher import stored_logits
 from train.targets import IGNORE, Batch, Loss, forward
 
 
@@ -46,5 +47,7 @@ def check_loss(name: str) -> None:
 def loss_function(config: FinetuneConfig, teacher: nn.Module | None = None) -> Loss:
     """The loss that `finetune.loss` names; a ValueError with the list if there is none of that name."""
     check_loss(config.loss)
+    if config.teacher_top_k:
+        return stored_logits(config)
     assert (teacher is not None) == (config.loss in DISTILLATION), config.loss
     return LOSSES[config.loss](config, teacher)

@@ -21,6 +21,7 @@ def write_run(folder: Path, curve: list[tuple[int, float, float]], text: bool = 
         for step, (tokens, other, own) in enumerate(curve)
     ]
     metrics = {"tokens": curve[-1][0], "tokens_per_second": 200.0, "mixed_precision": "no"}
+    (folder / "convert" / "stage.json").write_text(json.dumps({"metrics": {"calibration_tokens": 500}}))
     (folder / "convert" / "conversion.json").write_text(json.dumps({"reduction": 0.6875}))
     (folder / "finetune" / "config.yaml").write_text(yaml.safe_dump({"finetune": used}))
     (folder / "finetune" / "history.json").write_text(json.dumps({"validation": rows}))
@@ -29,12 +30,15 @@ def write_run(folder: Path, curve: list[tuple[int, float, float]], text: bool = 
 
 
 def test_curves_of_runs_become_json_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [write_run(tmp_path / "a", CURVE), write_run(tmp_path / "b", [(0, 900.0, 800.0), (2000, 80.0, 70.0)])]
+    runs = [write_run(tmp_path / "a", CURVE), write_run(tmp_path / "mha2mla", [(0, 900.0, 800.0), (4000, 70.0, 60.0)])]
     monkeypatch.setattr(sys, "argv", ["healing", *map(str, runs), "--output", str(tmp_path / "out" / "healing")])
     main()
     found = json.loads((tmp_path / "out" / "healing.json").read_text())
-    assert [row["name"] for row in found["runs"]] == ["a", "b"] and found["provenance"] == {"commit": "abc"}
+    assert [row["name"] for row in found["runs"]] == ["a", "mha2mla"] and found["provenance"] == {"commit": "abc"}
     assert found["runs"][0]["curve"] == [list(point) for point in CURVE]
+    # 60 is the first measured point below 70: 1,000 tokens and 500 of calibration against 4,000 and 500.
+    assert found["runs"][0]["saved"] == {"reference": "mha2mla", "perplexity": 70.0, "tokens": 1500, "times_fewer": 3.0}
+    assert found["runs"][1]["saved"] is None
     assert (tmp_path / "out" / "healing.png").stat().st_size > 10_000
 
 
