@@ -9,12 +9,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, S
 
 from conf.models import package_gguf, unpack_gguf
 from eval.perplexity import perplexity
-from mha2mla import ConversionOptions, cache_bytes, convert
+from mha2mla import ConversionOptions, Statistics, basis, cache_bytes, collect_statistics, convert, reconstruct
 from mha2mla.compare import compare
 from tests.tiny import relative
 
 pytestmark = pytest.mark.slow
 RANKS = (48, 96, 192, 360)
+METHODS = {
+    "best": {
+        "partial_rope": "rotation-cost",
+        "rope_basis": "principal",
+        "expected_rotation": True,
+        "low_rank": "attention",
+    },
+    "transmla": {"partial_rope": "evenly-spaced", "rope_basis": "principal", "low_rank": "balanced"},
+    "care": {
+        "partial_rope": "evenly-spaced",
+        "rope_basis": "principal",
+        "low_rank": "activation",
+        "rank_allocation": "care",
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +73,40 @@ def test_perplexity_falls_with_rank_and_ends_at_rope_alone(original: PreTrainedM
     alone = perplexity(original, list(windows))
     frequencies.copy_(saved)
     assert abs(found[-1] / alone - 1) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def statistics(original: PreTrainedModel, folder: Path) -> Statistics:
+    """Of 4,096 tokens of other pages of the same documentation."""
+    text = "\n\n".join(pydoc_data.topics.topics[name] for name in ("with", "for", "types", "lambda", "numeric-types"))
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
+    return collect_statistics(original, ids[: len(ids) // 256 * 256].view(-1, 256)[:16].split(4))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_exact_at_full_budget_and_fall_with_it(
+    method: str, original: PreTrainedModel, windows: torch.Tensor, statistics: Statistics, monkeypatch
+) -> None:
+    def divergence(**sizes: float) -> float:
+        converted, _ = convert(original, ConversionOptions(**METHODS[method], **sizes), statistics)
+        return compare(original, converted, [windows]).kl_divergence
+
+    found = [divergence(reduction=cut) for cut in (0.875, 0.6875, 0.5)]
+    assert found == sorted(found, reverse=True) and found[-1] > 0.1
+    assert divergence(rope_dim=192, kv_lora_rank=192) < 1e-6
+    # Control: a basis that is not orthogonal is noticed at full budget.
+    monkeypatch.setitem(basis.STRATEGIES, "principal", lambda moment: 1.05 * basis.principal(moment))
+    assert divergence(rope_dim=192, kv_lora_rank=192) > 1e-4
+
+
+def test_reconstruction_brings_unseen_text_nearer_too(
+    original: PreTrainedModel, windows: torch.Tensor, statistics: Statistics, folder: Path
+) -> None:
+    """Ten steps a layer on the first windows, measured on the last."""
+    converted, _ = convert(original, ConversionOptions(**METHODS["best"], reduction=0.6875), statistics)
+    before = compare(original, converted, [windows[3:]]).kl_divergence
+    reconstruct(original, converted, [windows[:3]], steps=10, learning_rate=1e-3)
+    assert compare(original, converted, [windows[3:]]).kl_divergence < 0.7 * before
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
