@@ -43,8 +43,8 @@ class Geometry:
 class ConversionOptions:
     """Sizes and strategies of a conversion.
 
-    rope_dim: R, rotated numbers a token a layer, all heads together; None: an eighth of the keys (the paper's share),
-        at most a third of R + r where key heads need not keep as many each.
+    rope_dim: R, rotated numbers a token a layer, all heads together; None: an eighth of the keys where every key head
+        keeps as many (the paper's share), else a quarter to a third of R + r.
     kv_lora_rank: r, size of the latent; None: what `reduction` leaves after R.
     reduction: wanted cut of the cache as a fraction, used only where kv_lora_rank is None; default 0.6875.
     partial_rope: which pairs keep their rotation, a name of `mha2mla.partial_rope.STRATEGIES`.
@@ -123,12 +123,13 @@ class ConversionOptions:
         return int(geometry.cache_size * (1 - self._cut))
 
     def _share_of_budget(self, geometry: Geometry) -> int:
-        """An eighth of the keys, at most a third of R + r, in whole eights where they are so many: fewer pairs lose what
-        reconstruction cannot give back, more cost it rank (docs/log.md). For evenly spaced frequencies all of them or
+        """A quarter of R + r, up to a third where that is less than an eighth of the keys, in whole eights where they are
+        so many: fewer pairs lose what reconstruction cannot give back, more cost it rank (docs/log.md). For evenly spaced frequencies all of them or
         a half, a fourth, …, up to half of R + r (64 + 56 of 120 in TransMLA's case is within rounding)."""
         budget = self._budget(geometry) if self.kv_lora_rank is None else self.kv_lora_rank * 3 // 2
         if self.partial_rope != "evenly-spaced":
-            share = min(geometry.key_size // 8, budget // 3)
+            share = max(budget // 4, min(geometry.key_size // 8, budget // 3))
+            share = min(share, geometry.key_size)
             return share // 8 * 8 if share >= 8 else max(2, share // 2 * 2)
         size = geometry.head_dim
         while size > max(2, 0.55 * budget) and size % 4 == 0:

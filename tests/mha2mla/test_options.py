@@ -40,6 +40,15 @@ def test_defaults_are_the_papers_first_setting() -> None:
     assert (resolved.rope_dim, resolved.kv_lora_rank) == (24, 96)
 
 
+@pytest.mark.parametrize(
+    ("reduction", "sizes"), [(0.5, (48, 144)), (0.6875, (24, 96)), (0.8125, (24, 48)), (0.875, (16, 32))]
+)
+def test_rotation_gets_a_quarter_to_a_third_of_the_budget(reduction: float, sizes: tuple[int, int]) -> None:
+    options = ConversionOptions(reduction=reduction, partial_rope="rotation-cost", rope_basis="principal")
+    resolved = resolve_options(SMOLLM, options)
+    assert (resolved.rope_dim, resolved.kv_lora_rank) == sizes
+
+
 @pytest.mark.parametrize(("reduction", "rank"), [(0.6875, 96), (0.8125, 48), (0.875, 24)])
 def test_reduction_gives_the_papers_ranks(reduction: float, rank: int) -> None:
     assert resolve_options(SMOLLM, ConversionOptions(reduction=reduction)).kv_lora_rank == rank
