@@ -123,9 +123,12 @@ class ConversionOptions:
         return int(geometry.cache_size * (1 - self._cut))
 
     def _share_of_budget(self, geometry: Geometry) -> int:
-        """A quarter of R + r, up to a third where that is less than an eighth of the keys, in whole eights where they are
-        so many: fewer pairs lose what reconstruction cannot give back, more cost it rank (docs/log.md). For evenly spaced frequencies all of them or
-        a half, a fourth, …, up to half of R + r (64 + 56 of 120 in TransMLA's case is within rounding)."""
+        """A quarter of R + r, up to a third where that is less than an eighth of the keys, in whole eights where they
+        are so many: fewer pairs lose what reconstruction cannot give back, more cost it rank (docs/log.md).
+
+        For evenly spaced frequencies all of them or a half, a fourth, …, up to half of R + r (64 + 56 of 120 in
+        TransMLA's case is within rounding).
+        """
         budget = self._budget(geometry) if self.kv_lora_rank is None else self.kv_lora_rank * 3 // 2
         if self.partial_rope != "evenly-spaced":
             share = max(budget // 4, min(geometry.key_size // 8, budget // 3))
