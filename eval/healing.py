@@ -66,7 +66,7 @@ def saved_tokens(row: dict[str, Any], rows: list[dict[str, Any]], reference: str
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """One line a run, colours by loss, dashes by what was trained; both axes linear in tokens, log in perplexity."""
+    """One panel a cache size, one line a run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,9 +121,9 @@ def main() -> None:
     write_json(options.output.with_suffix(".json"), {"runs": rows, "provenance": record or provenance()})
     draw(rows, options.output.with_suffix(".png"))
     for row in rows:
-        print(
-            f"{row['name']:<28} {row['curve'][0][1]:>12,.1f} -> {row['curve'][-1][1]:>9,.2f}  {row['tokens']:,} tokens"
-        )
+        saved = f"  {row['saved']['times_fewer']:.1f}x fewer" if row["saved"] else ""
+        start, end = row["curve"][0][1], row["curve"][-1][1]
+        print(f"{row['name']:<24}{start:>12,.1f} -> {end:>9,.2f}{row['tokens']:>12,} tokens{saved}")
 
 
 if __name__ == "__main__":
