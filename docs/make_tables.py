@@ -118,14 +118,6 @@ def methods() -> str:
     )
 
 
-def ingredients() -> str:
-    """What each ingredient of `best` is worth."""
-    study = load("ingredients")
-    rows = [[words(row["name"]), number(row["perplexity"])] for row in study["rows"][1:]]
-    head = [f"{-100 * study['rows'][1]['reduction']:g} %", "perplexity"]
-    return table(head, rows) + "\n\n" + study_note(study, "ingredients")
-
-
 def healing() -> str:
     """Perplexity of one text before and after healing."""
     found = load("healing")
@@ -202,7 +194,6 @@ def bench() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "default_run": default_run,
     "methods": methods,
-    "ingredients": ingredients,
     "healing": healing,
     "positions": positions,
     "training_free": training_free,
