@@ -81,7 +81,7 @@ def measure(models: dict[str, Path], documents: list[torch.Tensor]) -> dict[str,
         assert isinstance(total, torch.Tensor)
         by_range = [total[max(0, first - 1) : last - 1] for first, last in ranges(len(documents[0]))]
         found[name] = [math.exp(float(part.mean()) / len(documents)) for part in by_range]
-        print(f"{name:<24}" + "".join(f"{value:>9,.2f}" for value in found[name]), flush=True)
+        print(f"{name:<18}" + "".join(f"{value:>10,.2f}" for value in found[name]), flush=True)
     return found
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
     places = ranges(options.length)
-    print(f"{'tokens':<24}" + "".join(f"{f'{first}-{last}':>9}" for first, last in places))
+    print(f"{'tokens':<18}" + "".join(f"{f'{first}-{last}':>10}" for first, last in places))
     rows = measure(models, documents)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     result = {
