@@ -14,19 +14,19 @@ from typing import Any
 
 import yaml
 
-from conf.stage import provenance, write_json
+from conf.stage import read_record, write_json
+from eval.picture import log_perplexity
 
 SETTINGS = ("loss", "trainable", "learning_rate", "global_batch_size")
 
 
 def healing_curve(folder: Path) -> dict[str, Any]:
     """One run's row; ValueError where a run is unfinished or has measured no text."""
-    stage = folder / "finetune" / "stage.json"
-    if not stage.exists():
-        raise ValueError(f"{folder} holds no finished fine-tuning ({stage} is missing)")
-    metrics = json.loads(stage.read_text())["metrics"]
+    finetuned, converted = read_record(folder / "finetune"), read_record(folder / "convert")
+    if finetuned is None or converted is None:
+        raise ValueError(f"{folder} holds no finished fine-tuning (stage.json of convert or finetune is missing)")
+    metrics = finetuned["metrics"]
     settings = yaml.safe_load((folder / "finetune" / "config.yaml").read_text())["finetune"]
-    converted = json.loads((folder / "convert" / "stage.json").read_text())["metrics"]
     conversion = json.loads((folder / "convert" / "conversion.json").read_text())
     history = json.loads((folder / "finetune" / "history.json").read_text())["validation"]
     if not all("text_perplexity" in row for row in history):
@@ -34,12 +34,13 @@ def healing_curve(folder: Path) -> dict[str, Any]:
     return {
         "name": folder.name,
         "reduction": conversion["reduction"],
-        "calibration_tokens": converted["calibration_tokens"],
+        "calibration_tokens": converted["metrics"]["calibration_tokens"],
         **{name: settings[name] for name in SETTINGS},
         "tokens": metrics["tokens"],
         "tokens_per_second": metrics["tokens_per_second"],
         "mixed_precision": metrics["mixed_precision"],
         "curve": [[row["tokens"], row["text_perplexity"], row["perplexity"]] for row in history],
+        "provenance": finetuned["provenance"],
     }
 
 
@@ -71,7 +72,6 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     cuts = sorted({row["reduction"] for row in rows})
     figure, panels = pyplot.subplots(
@@ -92,14 +92,11 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                 )
         axes.set_title(f"KV cache -{100 * cut:.2f} %", fontsize=10)
         axes.set_xlabel("training tokens (thousands)")
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        log_perplexity(axes)
+        axes.label_outer()  # the axis of perplexity is shared
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.margins(x=0.12)
         axes.legend(frameon=False, fontsize=8)
-    panels[0][0].set_ylabel("perplexity (log scale, lower is better)")
     figure.savefig(file, format="png")
     pyplot.close(figure)
 
@@ -117,8 +114,8 @@ def main() -> None:
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    record = json.loads((options.runs[0] / "finetune" / "stage.json").read_text())["provenance"]
-    write_json(options.output.with_suffix(".json"), {"runs": rows, "provenance": record or provenance()})
+    records = [row.pop("provenance") for row in rows]
+    write_json(options.output.with_suffix(".json"), {"runs": rows, "provenance": records[0]})
     draw(rows, options.output.with_suffix(".png"))
     for row in rows:
         saved = f"  {row['saved']['times_fewer']:.1f}x fewer" if row["saved"] else ""

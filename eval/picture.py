@@ -21,7 +21,6 @@ def draw(points: list[Result], file: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=12)
@@ -46,19 +45,26 @@ def draw(points: list[Result], file: Path, title: str) -> None:
     draw_curves(
         right, points, lambda point, model: point["perplexity"].get(text, {}).get(model), original, "{:,.0f}", "{:.1f}"
     )
-    right.set_yscale("log")
-    right.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    right.yaxis.set_minor_locator(NullLocator())
-    right.yaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:,.0f}" if 1 <= value < 1e7 else f"{value:g}")
-    )
-    right.set_ylabel("perplexity (log scale, lower is better)")
+    log_perplexity(right)
     right.set_title(f"text: {text}", fontsize=10)
 
     temporary = file.with_name(file.name + ".tmp")
     figure.savefig(temporary, format="png")
     pyplot.close(figure)
     temporary.replace(file)
+
+
+def log_perplexity(axes: Any) -> None:
+    """A logarithmic axis of perplexity with readable numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if 1 <= value < 1e7 else f"{value:g}")
+    )
+    axes.set_ylabel("perplexity (log scale, lower is better)")
 
 
 def draw_curves(

@@ -18,8 +18,12 @@ from mha2mla.options import PER_HEAD, ConversionOptions, Geometry
 from mha2mla.rotation import Rotation, shares_rotated_key
 from mha2mla.statistics import Statistics
 
-TABLES: dict[str, Any] = {"partial_rope": partial_rope, "rope_basis": basis, "low_rank": low_rank}
-TABLES["rank_allocation"] = allocation
+TABLES: dict[str, Any] = {
+    "partial_rope": partial_rope,
+    "rope_basis": basis,
+    "low_rank": low_rank,
+    "rank_allocation": allocation,
+}
 EXACT = 1e-3  # relative error that the self-check allows in float32; 1e-6 is what it measures
 
 

@@ -11,25 +11,11 @@ from conf.models import package_gguf, unpack_gguf
 from eval.perplexity import perplexity
 from mha2mla import ConversionOptions, Statistics, basis, cache_bytes, collect_statistics, convert, reconstruct
 from mha2mla.compare import compare
-from tests.tiny import relative
+from tests.tiny import preset, relative
 
 pytestmark = pytest.mark.slow
 RANKS = (48, 96, 192, 360)
-METHODS = {
-    "best": {
-        "partial_rope": "rotation-cost",
-        "rope_basis": "principal",
-        "expected_rotation": True,
-        "low_rank": "attention",
-    },
-    "transmla": {"partial_rope": "evenly-spaced", "rope_basis": "principal", "low_rank": "balanced"},
-    "care": {
-        "partial_rope": "evenly-spaced",
-        "rope_basis": "principal",
-        "low_rank": "activation",
-        "rank_allocation": "care",
-    },
-}
+METHODS = {name: preset(name) for name in ("best", "transmla", "care")}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,8 @@
 """Tiny random models of every family and attention type, shared by the tests."""
 
+from dataclasses import fields
+from typing import Any
+
 import torch
 from transformers import (
     LlamaConfig,
@@ -10,6 +13,9 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from conf.naming import presets
+from mha2mla import ConversionOptions
 
 SIZES = {
     "vocab_size": 96,
@@ -60,3 +66,9 @@ def tokens(batch: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
+
+
+def preset(name: str) -> dict[str, Any]:
+    """What a file of conf/method/ says of the conversion itself."""
+    known = {item.name for item in fields(ConversionOptions)}
+    return {key: value for key, value in presets()[name].items() if key in known}

@@ -43,7 +43,7 @@ from train.checkpoint import load_checkpoint, save_checkpoint, without_wrappers
 from train.launch import start
 from train.losses import check_loss, cross_entropy, loss_function
 from train.memory import peak_memory_gib
-from train.model import load_model, save_model, trainable_model
+from train.model import save_model, trainable_model
 from train.progress import Display
 from train.schedule import learning_rate_factor
 from train.stored_teacher import StoredTeacher, stored_teacher
@@ -62,12 +62,12 @@ def finetune(
     log: Log | None = None,
     teacher: nn.Module | None = None,
     text: TextRows | None = None,
-    stored: Callable[[PackedRows], StoredTeacher] | None = None,
+    stored: Callable[[PackedRows, nn.Module], StoredTeacher] | None = None,
 ) -> dict[str, Any]:
     """Train the checkpoint in `model_dir` on the shards in `data_dir`; write the result into `output`.
 
     `teacher` is the frozen model that a loss of distillation learns from (train/teacher.py), on the device.
-    `stored` makes or finds what a loss learns from instead, for the training rows (train/stored_teacher.py).
+    `stored` makes or finds what a loss learns from instead (train/stored_teacher.py), for training rows and model.
     `text` is another text whose perplexity is measured whenever validation is.
     Called by every process alike. Continues from the last checkpoint in `output/checkpoints` if there is one.
     Returns the metrics of the run. Raises ValueError for settings that cannot work, before training starts.
@@ -84,7 +84,7 @@ def finetune(
     with accelerator.local_main_process_first():
         train_rows = PackedRows(data_dir, "train", vocab_size)
         validation_rows = PackedRows(data_dir, "validation", vocab_size)
-    teachings = stored(train_rows) if stored else None
+    teachings = stored(train_rows, model) if stored else None
     order = TrainingOrder(len(train_rows), config.global_batch_size, config.epochs, config.seed)
     steps = number_of_steps(config, order, train_rows)
 
@@ -244,24 +244,25 @@ def validation_loss(
     return loss / max(targets, 1)
 
 
-def text_rows(config: Config) -> TextRows | None:
+def text_rows(config: Config, model_dir: Path) -> TextRows | None:
     """The text that evaluation will measure, for a curve of it over the training; None if there is none."""
     if not config.eval.perplexity_text:
         return None
-    settings, tokenizer = config.eval, AutoTokenizer.from_pretrained(Plan(config).convert.folder)
+    settings, tokenizer = config.eval, AutoTokenizer.from_pretrained(model_dir)
     file = Path(settings.perplexity_text).expanduser()
     windows = text_windows(tokenizer, file, settings.perplexity_sequence_length, settings.perplexity_tokens)
     return TextRows(file.stem, torch.stack(windows))
 
 
-def stored_rows(config: Config, accelerator: Accelerator, rows: PackedRows) -> StoredTeacher:
+def stored_rows(
+    config: Config, plan: Plan, accelerator: Accelerator, rows: PackedRows, model: nn.Module
+) -> StoredTeacher:
     """The teacher's likeliest tokens for these rows; the teacher is loaded only where nothing is stored."""
-    plan = Plan(config)
 
     def load() -> nn.Module:
         teacher = load_teacher(config, accelerator)
         assert teacher is not None
-        check_teacher(teacher, load_model(plan.convert.folder, torch.float32), config.finetune.loss)
+        check_teacher(teacher, model, config.finetune.loss)
         return teacher
 
     key = {"sample": plan.sample.key, "precision": accelerator.mixed_precision} | teacher_fingerprint(config)
@@ -297,8 +298,8 @@ def run(config: Config) -> None:
                 accelerator,
                 tracker and (lambda values, step: tracker.log(values, step=step)),
                 teacher,
-                text_rows(config),
-                functools.partial(stored_rows, config, accelerator) if top_k else None,
+                text_rows(config, plan.convert.folder),
+                functools.partial(stored_rows, config, plan, accelerator) if top_k else None,
             )
             if tracker:
                 tracker.summary.update(stage.metrics)

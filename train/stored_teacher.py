@@ -53,9 +53,11 @@ def stored_teacher(
     assert config.teacher_top_k is not None
     settings = {"top_k": config.teacher_top_k, "temperature": config.kd_temperature, "rows": len(rows)}
     folder = data_dir / f"teacher-{digest(key | settings)}"
-    if accelerator.is_main_process and not folder.exists():
-        with appearing(folder) as whole:
-            write(whole, rows, config, load(), accelerator)
+    if not folder.exists():
+        teacher = load()  # by all processes, which wait for each other there; only then may the folder appear
+        if accelerator.is_main_process:
+            with appearing(folder) as whole:
+                write(whole, rows, config, teacher, accelerator)
     accelerator.wait_for_everyone()
     return StoredTeacher(folder)
 

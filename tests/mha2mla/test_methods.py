@@ -8,23 +8,10 @@ from mha2mla.basis import principal
 from mha2mla.layer import head_moments, input_moment
 from mha2mla.low_rank import STRATEGIES, Stack, Weights, weighted_svd
 from mha2mla.partial_rope import Pairs, mean_rotation, rotation_cost, rotation_loss
-from tests.tiny import KV_HEADS, SCALINGS, relative, tiny_model, tokens
+from tests.tiny import KV_HEADS, SCALINGS, preset, relative, tiny_model, tokens
 
 TOLERANCE = 1e-5  # float32 rounding through two layers; 2e-6 is measured
-METHODS = {
-    "best": {
-        "partial_rope": "rotation-cost",
-        "rope_basis": "principal",
-        "expected_rotation": True,
-        "low_rank": "attention",
-    },
-    "transmla": {"partial_rope": "evenly-spaced", "rope_basis": "principal", "low_rank": "balanced"},
-    "care": {
-        "partial_rope": "evenly-spaced",
-        "rope_basis": "principal",
-        "low_rank": "activation",
-        "rank_allocation": "care",
-    },
+METHODS = {name: preset(name) for name in ("best", "transmla", "care")} | {
     "energy": {"partial_rope": "rotation-cost", "low_rank": "attention", "rank_allocation": "energy"},
     "heads": {"partial_rope": "rotation-cost", "rope_basis": "heads", "low_rank": "activation"},
     "activation": {"partial_rope": "high", "low_rank": "activation"},

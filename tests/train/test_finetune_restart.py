@@ -79,6 +79,8 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 def distilled(root: Path, loss: str) -> dict[str, object]:
     """Options of a loss, with a teacher that is another model than the student."""
+    if loss == "stored kd":
+        return distilled(root, "kd") | {"teacher_top_k": 8}
     return {"loss": loss} | ({} if loss == "ce" else {"teacher": write_model(root / "teacher", seed=1)})
 
 
@@ -120,7 +122,10 @@ def test_killed_at_a_random_step_ends_with_the_same_weights(tmp_path):
     assert not equal(Project(tmp_path / "control", seed=1).run_here(), weights)
 
 
-@pytest.mark.parametrize("loss", ["ce", pytest.param("kd+hidden", marks=pytest.mark.slow)])  # one more start
+@pytest.mark.parametrize(
+    "loss",
+    ["ce", "stored kd", pytest.param("kd+hidden", marks=pytest.mark.slow)],  # one more start
+)
 def test_two_processes_train_like_one(tmp_path, loss):
     """The same curve to rounding, dropout included."""
     options = {"max_steps": 12, "micro_batch_size": 1}  # two micro-batches a step on each of two processes
