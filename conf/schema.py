@@ -360,6 +360,7 @@ class BenchConfig:
     dtype: Dtype = Dtype.native
     train_steps: int = 2  # timed training steps a round, after one that warms up
     train_rounds: int = 2  # the losses take turns, each round of each in a process of its own
+    train_compile: bool = False  # cross-entropy under torch.compile too
 
 
 @dataclass

@@ -1,11 +1,15 @@
 """Time and memory of a training step with every loss, as ratios to cross-entropy in one run.
 
     python -m train.bench experiment=laptop
+    python -m train.bench bench.train_compile=true
 
 The model is the configuration's, converted without healing; a step is one micro-batch of
 `finetune.micro_batch_size` x `data.sequence_length` random tokens. Every loss runs in fresh processes, for its own
-peak of memory, and the losses take turns, so that a busy machine slows them alike. Writes
-`outputs/<model>/train_bench.json`.
+peak of memory, and the losses take turns, so that a busy machine slows them alike; `bench.train_compile` adds
+cross-entropy under torch.compile. Writes `outputs/<model>/train_bench.json`.
+
+Model FLOPs utilisation (MFU) is the arithmetic of the student's products, forward and backward, as torch's FLOP
+counter counts it, over what a large product in the same precision reaches in the same run.
 
 Memory is what a training adds to its prepared model and optimiser: the teacher's weights, optimiser state, gradients,
 activations, logits. Of the process on a CPU, of torch's allocator on CUDA.
@@ -15,6 +19,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,12 +32,14 @@ from accelerate import Accelerator
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from conf.errors import stage_main
 from conf.plan import plain, write_result
 from conf.schema import Config
 from conf.stage import provenance
+from eval.bench import synchronise
 from mha2mla import ConversionOptions, collect_statistics, convert
 from train.batches import next_tokens
 from train.convert import load_pretrained
@@ -44,14 +51,16 @@ from train.targets import Batch
 from train.teacher import load_teacher
 
 GIB = 2**30
+COMPILED = "ce, compiled"
 
 
 def measure(config: Config) -> dict[str, Any]:
     """Median seconds a step, memory in GiB and the ratios of both to cross-entropy, by loss."""
-    seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
-    memory: dict[str, list[float]] = {name: [] for name in LOSSES}
+    variants = [*LOSSES, COMPILED] if config.bench.train_compile else list(LOSSES)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    memory: dict[str, list[float]] = {name: [] for name in variants}
     facts: dict[str, Any] = {}
-    turns = [name for _ in range(config.bench.train_rounds) for name in LOSSES]
+    turns = [name for _ in range(config.bench.train_rounds) for name in variants]
     with tempfile.TemporaryDirectory() as folder:
         alone(write_converted, config, folder)
         for name in tqdm(turns, desc="bench", unit="training", disable=None):
@@ -59,16 +68,19 @@ def measure(config: Config) -> dict[str, Any]:
             seconds[name] += found.pop("seconds")
             memory[name].append(found.pop("memory_gib"))
             facts |= found
-    step = {name: statistics.median(seconds[name]) for name in LOSSES}
-    held = {name: statistics.median(memory[name]) for name in LOSSES}
+    step = {name: statistics.median(seconds[name]) for name in variants}
+    held = {name: statistics.median(memory[name]) for name in variants}
+    tokens = config.finetune.micro_batch_size * config.data.sequence_length
     rows = {
         name: {
             "seconds_per_step": step[name],
+            "tokens_per_second": tokens / step[name],
+            "mfu": facts["flops_per_step"] / step[name] / facts["matrix_flops_per_second"],
             "time_against_ce": step[name] / step["ce"],
             "memory_gib": held[name],
             "memory_against_ce": held[name] / held["ce"],
         }
-        for name in LOSSES
+        for name in variants
     }
     return {
         "model": config.model.name,
@@ -99,7 +111,7 @@ def write_converted(config: Config, folder: str) -> None:
 def train(config: Config, folder: str, name: str) -> dict[str, Any]:
     """Seconds of each timed step with the loss `name`, and the memory they took beyond the prepared model."""
     transformers.utils.logging.disable_progress_bar()
-    config.finetune.loss = name
+    config.finetune.loss, config.finetune.torch_compile = name.split(",")[0], name == COMPILED
     accelerator = start(config.finetune, config.launch)
     model = trainable_model(Path(folder), config.finetune)
     batch = random_batch(config, model, accelerator.device)
@@ -109,22 +121,43 @@ def train(config: Config, folder: str, name: str) -> dict[str, Any]:
     model, optimizer = accelerator.prepare(model, optimizer)
     before = held_gib(accelerator)
     loss_of = loss_function(config.finetune, load_teacher(config, accelerator))
-    seconds = []
     model.train()
-    for _ in range(config.bench.train_steps + 1):
+
+    def step() -> float:
         began = time.perf_counter()
         loss, targets = loss_of(model, batch)
         accelerator.backward(loss / targets)
         optimizer.step()
         optimizer.zero_grad()
-        float(loss.detach())  # waits for a GPU
+        synchronise(accelerator.device)
+        return time.perf_counter() - began
+
+    facts: dict[str, Any] = {"device": accelerator.device.type, "mixed_precision": accelerator.mixed_precision}
+    with FlopCounterMode(display=False) if name == "ce" else nullcontext() as counter:
+        step()  # warms up, compiles
+    if counter:
+        facts["flops_per_step"] = counter.get_total_flops()
+    seconds = [step() for _ in range(config.bench.train_steps)]
+    facts |= {"seconds": seconds, "memory_gib": peak_memory_gib(accelerator.device) - before}
+    if counter:
+        facts["matrix_flops_per_second"] = matrix_rate(accelerator)
+    return facts
+
+
+def matrix_rate(accelerator: Accelerator) -> float:
+    """FLOP/s of a square product of random matrices in the precision of training; the best of five."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = half.get(accelerator.mixed_precision, torch.float32)
+    size = 8192 if accelerator.device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=accelerator.device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        synchronise(accelerator.device)
+        began = time.perf_counter()
+        left @ right
+        synchronise(accelerator.device)
         seconds.append(time.perf_counter() - began)
-    return {
-        "seconds": seconds[1:],
-        "memory_gib": peak_memory_gib(accelerator.device) - before,
-        "device": accelerator.device.type,
-        "mixed_precision": accelerator.mixed_precision,
-    }
+    return 2 * size**3 / min(seconds[1:])
 
 
 def random_batch(config: Config, model: Any, device: torch.device) -> Batch:
@@ -145,13 +178,15 @@ def held_gib(accelerator: Accelerator) -> float:
 def show(result: dict[str, Any]) -> None:
     rows, length = result["tokens"]
     table = Table(title=f"step: {rows} x {length} tokens, {result['trainable']}, precision {result['mixed_precision']}")
-    for heading in ("loss", "s a step", "time", "memory GiB", "memory"):
+    for heading in ("loss", "s a step", "time", "tokens/s", "MFU", "memory GiB", "memory"):
         table.add_column(heading, justify="left" if heading == "loss" else "right")
     for name, row in result["losses"].items():
         table.add_row(
             name,
-            f"{row['seconds_per_step']:.2f}",
+            f"{row['seconds_per_step']:.3f}",
             f"{row['time_against_ce']:.2f}x",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{100 * row['mfu']:.0f} %",
             f"{row['memory_gib']:.2f}",
             f"{row['memory_against_ce']:.2f}x",
         )

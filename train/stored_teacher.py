@@ -20,7 +20,7 @@ from conf.schema import FinetuneConfig
 from conf.stage import appearing, digest
 from train.batches import PackedRows
 from train.distillation import ask
-from train.rowwise import ROWS, RowLoss, sum_over_rows
+from train.rowwise import RowLoss, chunks, sum_over_rows
 from train.targets import IGNORE, Batch, Loss, forward
 
 
@@ -81,8 +81,8 @@ def top_k(teacher: nn.Module, batch: Batch, config: FinetuneConfig) -> tuple[Ten
     logits_of, _ = ask(teacher, batch)
     assert config.teacher_top_k is not None
     parts = []
-    for first in range(0, batch["input_ids"].numel(), ROWS):
-        scores = (logits_of(slice(first, first + ROWS)).float() / config.kd_temperature).log_softmax(-1)
+    for rows in chunks(batch["input_ids"].numel(), batch["input_ids"].device):
+        scores = (logits_of(rows).float() / config.kd_temperature).log_softmax(-1)
         parts.append(scores.topk(config.teacher_top_k))
     values, tokens = (torch.cat(each) for each in zip(*parts, strict=True))
     shape = (*batch["input_ids"].shape, -1)

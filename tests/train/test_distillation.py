@@ -42,7 +42,7 @@ def student(tmp_path) -> PreTrainedModel:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 24 rows: several of them, and a last one that is not full."""
-    monkeypatch.setattr(rowwise, "ROWS", 24)
+    monkeypatch.setattr(rowwise, "ROWS", {"cpu": 24})
 
 
 def plain_loss(config: FinetuneConfig, teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch) -> Tensor:

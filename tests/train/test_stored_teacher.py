@@ -23,8 +23,7 @@ ROWS = [0, 1, 2, 3]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowwise, "ROWS", 24)
-    monkeypatch.setattr(stored_teacher, "ROWS", 24)
+    monkeypatch.setattr(rowwise, "ROWS", {"cpu": 24})
 
 
 @pytest.fixture(scope="module")
