@@ -103,7 +103,7 @@ def evaluate(
     found: dict[str, Any] = {}
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     for name, parts in tasks.items():
-        per_task = None if limit is None else max(1, -(-limit // len(parts)))
+        per_task = None if limit is None else max(2, -(-limit // len(parts)))  # one has no standard error
         results = simple_evaluate(
             model=harness,
             tasks=list(parts),
