@@ -60,10 +60,13 @@ def encode(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
     """Tokens of whole documents: as the tokenizer begins them (some with bos), and ended by eos.
 
     Special tokens that are spelled out in a text stay text, or documentation about tokenizers would end documents.
+    ValueError for a tokenizer without eos.
     """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no eos token to end documents with")
     options = {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
     rows = tokenizer(texts, **options)["input_ids"]
-    end = tokenizer.eos_token_id
     return [np.asarray(row if row and row[-1] == end else [*row, end], dtype=np.int32) for row in rows]
 
 

@@ -96,6 +96,9 @@ class MLAAttention(nn.Module):
             if missing > 0 and self.config._attn_implementation == "sdpa":
                 # Its fast kernels want equal sizes; without them a training step on the CPU takes twice as long.
                 values = nn.functional.pad(values, (0, missing))
+            else:
+                # Behind the keys' part of the same tensor, values can start where CUDA's kernels must not read.
+                values = values.contiguous()
             output, weights = attend(
                 self,
                 torch.cat((q_nope, q_rot), dim=-1),

@@ -6,6 +6,7 @@ length (2), type (1: whole, 2: first, 3: middle, 4: last) and data, each whole o
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,26 @@ from wandb.proto.wandb_internal_pb2 import Record
 BLOCK, HEADER = 32768, 7
 
 
+def finished_records(file: Path, seconds: float = 60) -> list[Record]:
+    """All records of a run that was finished. Its service writes the last of them a moment after `finish` returned."""
+    ends = time.monotonic() + seconds
+    while not (found := records(file)) or found[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < ends, f"{file} has no end"
+        time.sleep(0.1)
+    return found
+
+
 def records(file: Path) -> list[Record]:
+    """All whole records so far."""
     data, place, found, parts = file.read_bytes(), HEADER, [], b""
-    assert data[:4] == b":W&B", data[:8]
+    assert data[:4] in (b"", b":W&B"), data[:8]
     while place + HEADER <= len(data):
         left = BLOCK - place % BLOCK
         if left < HEADER:
             place += left
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + HEADER])
-        if kind == 0:
+        if kind == 0 or place + HEADER + length > len(data):
             break
         parts += data[place + HEADER : place + HEADER + length]
         place += HEADER + length
@@ -49,7 +60,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     [file] = folder.rglob("run-*.wandb")
     history: list[dict[str, Any]] = []
     config: dict[str, Any] = {}
-    for record in records(file):
+    for record in finished_records(file):
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             history.append(

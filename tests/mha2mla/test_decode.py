@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mha2mla import ConversionOptions, cache_bytes, convert
 from mha2mla.modeling.attention_mla import MLAAttention
@@ -170,3 +171,23 @@ def test_gradients_do_not_depend_on_the_forward(monkeypatch: pytest.MonkeyPatch)
         model(tokens(), use_cache=True).logits.square().mean().backward()
         gradients.append(model.model.layers[0].self_attn.kv_b_proj.weight.grad)
     assert relative(gradients[0], gradients[1]) < TOLERANCE
+
+
+def test_what_a_kernel_reads_starts_where_cuda_may_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that begin amid 16 bytes, behind those of a key, gave wrong logits in bfloat16 on CUDA, or an error."""
+    model = converted(heads="gqa", hidden_size=64).to(torch.bfloat16)
+    assert model.config.qk_nope_head_dim * 2 % 16
+    seen = []
+
+    def record(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest, **options):
+        seen.extend([query, key, value])
+        return sdpa(module, query, key, value, *rest, **options)
+
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", record)
+    with torch.no_grad():
+        model(tokens(), use_cache=False)
+    assert len(seen) == 3 * LAYERS
+    for states in seen:
+        assert states.data_ptr() % 16 == 0
+        assert all(stride * states.element_size() % 16 == 0 for stride in states.stride()[1:-1])
