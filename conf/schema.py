@@ -94,6 +94,7 @@ class MLAConfig:
     reduction: float | None = None  # wanted cut of the KV cache, instead of kv_lora_rank; default 0.6875
     partial_rope: str = "high"  # a name of mha2mla/partial_rope.py
     rope_basis: str = "heads"  # a name of mha2mla/basis.py
+    frequency_folding: int = 1  # neighbouring frequencies that rotate as one; more than 1 needs rope_basis=principal
     expected_rotation: bool = False  # pairs that stop rotating get their mean rotation over near distances
     low_rank: str = "joint"  # a name of mha2mla/low_rank.py
     value_weight: float = 0.35  # λ of low_rank=attention

@@ -61,20 +61,24 @@ def task_list(data: str | None, scratch: Path) -> tuple[Any, dict[str, list[str]
     """
     from lm_eval.tasks import TaskManager
 
-    stock = TaskManager()
     folder = local_folder(data) if data else None
-    subjects = [name.split("_", 1)[1] for name in stock.all_subtasks if name.startswith("mmlu_")]
-    subjects = sorted(name.removesuffix("_continuation") for name in subjects if name.endswith("_continuation"))
-    mmlu = tuple((f"mmlu_{subject}_continuation", f"{MMLU}/{subject}") for subject in subjects)
-    tasks = {"MMLU": mmlu} | SINGLE
+    stock = TaskManager()
+    tasks = parts_of_benchmarks(stock)
     if folder is None:
         return stock, {name: [task for task, _ in parts] for name, parts in tasks.items()}
     for task, place in (part for parts in tasks.values() for part in parts):
         settings = {"include": str(stock.task_index[task].yaml_path), "task": f"{task}_local"}
         settings |= questions(folder, place, task) | ({"metric_list": BOTH} if place.startswith(MMLU) else {})
         (scratch / f"{task}.yaml").write_text(yaml.safe_dump(settings))
-    manager = TaskManager(include_path=str(scratch))
+    manager = TaskManager(include_path=str(scratch), include_defaults=False)
     return manager, {name: [f"{task}_local" for task, _ in parts] for name, parts in tasks.items()}
+
+
+def parts_of_benchmarks(stock: Any) -> dict[str, Any]:
+    """`SINGLE`, and MMLU with its subjects as lm-eval knows them."""
+    subjects = [name.removeprefix("mmlu_") for name in stock.all_subtasks if name.startswith("mmlu_")]
+    subjects = sorted(name.removesuffix("_continuation") for name in subjects if name.endswith("_continuation"))
+    return {"MMLU": tuple((f"mmlu_{name}_continuation", f"{MMLU}/{name}") for name in subjects)} | SINGLE
 
 
 def questions(folder: Path, place: str, task: str) -> dict[str, Any]:

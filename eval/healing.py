@@ -36,6 +36,7 @@ def healing_curve(folder: Path) -> dict[str, Any]:
         "reduction": conversion["reduction"],
         "calibration_tokens": converted["metrics"]["calibration_tokens"],
         **{name: settings[name] for name in SETTINGS},
+        "sequence_length": metrics["tokens"] // metrics["steps"] // settings["global_batch_size"],
         "tokens": metrics["tokens"],
         "tokens_per_second": metrics["tokens_per_second"],
         "mixed_precision": metrics["mixed_precision"],
@@ -50,20 +51,38 @@ def tokens_to_reach(curve: list[list[float]], perplexity: float) -> float | None
 
 
 def saved_tokens(row: dict[str, Any], rows: list[dict[str, Any]], reference: str) -> dict[str, Any] | None:
-    """How many times the tokens of `row` the reference took to its own last perplexity, calibration text included.
+    """How many times more tokens the reference took to a perplexity that `row` has too, calibration text included.
 
-    None where no other run of the same cache size is called so, or where `row` never comes as far.
+    Of the measured points the one that saves most; `at_least` where the reference never came to it, and its whole
+    training counts. None where no other run of the same cache size is called so, or where `row` never comes as far.
     """
     others = [other for other in rows if other["name"].startswith(reference) and other["reduction"] == row["reduction"]]
     if not others or row in others:
         return None
-    other = min(others, key=lambda run: run["curve"][-1][1])
-    perplexity = other["curve"][-1][1]
-    tokens = tokens_to_reach(row["curve"], perplexity)
-    if tokens is None:
+    points = []
+    for other in others:
+        for perplexity in [other["curve"][-1][1], *(point[1] for point in row["curve"])]:
+            ours, theirs = tokens_to_reach(row["curve"], perplexity), tokens_to_reach(other["curve"], perplexity)
+            if ours is None:
+                continue
+            tokens = ours + row["calibration_tokens"]
+            trained = other["tokens"] if theirs is None else theirs
+            times = (trained + other["calibration_tokens"]) / tokens
+            points.append((times, theirs is None, tokens, perplexity, other["name"]))
+    if not points:
         return None
-    ours, theirs = tokens + row["calibration_tokens"], other["tokens"] + other["calibration_tokens"]
-    return {"reference": other["name"], "perplexity": perplexity, "tokens": ours, "times_fewer": theirs / ours}
+    times, unreached, tokens, perplexity, name = max(points)
+    return {
+        "reference": name,
+        "perplexity": perplexity,
+        "tokens": tokens,
+        "times_fewer": times,
+        "at_least": unreached,
+    }
+
+
+def times_fewer(saved: dict[str, Any]) -> str:
+    return f"{'>= ' if saved['at_least'] else ''}{saved['times_fewer']:.1f}x"
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
@@ -118,7 +137,7 @@ def main() -> None:
     write_json(options.output.with_suffix(".json"), {"runs": rows, "provenance": records[0]})
     draw(rows, options.output.with_suffix(".png"))
     for row in rows:
-        saved = f"  {row['saved']['times_fewer']:.1f}x fewer" if row["saved"] else ""
+        saved = f"  {times_fewer(row['saved'])} fewer" if row["saved"] else ""
         start, end = row["curve"][0][1], row["curve"][-1][1]
         print(f"{row['name']:<24}{start:>12,.1f} -> {end:>9,.2f}{row['tokens']:>12,} tokens{saved}")
 

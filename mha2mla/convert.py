@@ -58,6 +58,11 @@ def resolve_options(config: Any, options: ConversionOptions) -> ConversionOption
         )
     if options.rope_basis == "heads" and options.partial_rope == "evenly-spaced":
         raise ValueError("partial_rope=evenly-spaced keeps strongest components: it needs rope_basis=principal")
+    if options.frequency_folding != 1 and options.rope_basis == "heads":
+        raise ValueError(
+            f"frequency_folding={options.frequency_folding} looks for components of several frequencies: it needs "
+            "rope_basis=principal"
+        )
     if options.rank_allocation != "uniform" and options.low_rank not in low_rank.JOINT:
         raise ValueError(
             f"rank_allocation={options.rank_allocation} compares what factoring keys and values together loses; "

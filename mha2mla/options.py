@@ -49,6 +49,8 @@ class ConversionOptions:
     reduction: wanted cut of the cache as a fraction, used only where kv_lora_rank is None; default 0.6875.
     partial_rope: which pairs keep their rotation, a name of `mha2mla.partial_rope.STRATEGIES`.
     rope_basis: the basis that pairs are chosen in, a name of `mha2mla.basis.STRATEGIES`.
+    frequency_folding: neighbouring frequencies that share a basis and rotate as one; 1: each has its own. More are an
+        approximation, which does not vanish at full budget.
     expected_rotation: pairs that stop rotating get their mean rotation over near distances instead of none.
     low_rank: how keys and values are factored, a name of `mha2mla.low_rank.STRATEGIES`.
     value_weight: λ of low_rank="attention", the weight of the values' error against the keys'.
@@ -62,6 +64,7 @@ class ConversionOptions:
     reduction: float | None = None
     partial_rope: str = "high"
     rope_basis: str = "heads"
+    frequency_folding: int = 1
     expected_rotation: bool = False
     low_rank: str = "joint"
     value_weight: float = 0.35
@@ -79,6 +82,10 @@ class ConversionOptions:
             raise ValueError(
                 f"kv_lora_rank={self.kv_lora_rank} and reduction={self.reduction} both say how large the latent is; "
                 "give one of them"
+            )
+        if self.frequency_folding < 1 or geometry.num_pairs % self.frequency_folding:
+            raise ValueError(
+                f"frequency_folding={self.frequency_folding} must divide the {geometry.num_pairs} frequencies of a head"
             )
         rope_dim = self._rope_dim(geometry)
         rank, full = self._rank(geometry, rope_dim), geometry.full_rank(rope_dim, self.low_rank)

@@ -20,7 +20,9 @@ class Pairs:
     count: R / 2, pairs to keep.
     key_energy, query_energy: [F, G], E‖k‖² of every pair in the basis, and E‖q‖² summed over the query heads.
     key_norm, query_norm: [F, G], E‖k‖ and the query heads' summed E‖q‖ of every pair of every key head.
-    turn: [F], how much a score's phase varies over the context (`rotation_loss`).
+    turn: [F, G], how much a score's phase varies over the context (`rotation_loss`).
+
+    With frequency folding F counts blocks of m frequencies, and G the m times as many components of a block.
     """
 
     geometry: Geometry
@@ -98,7 +100,7 @@ def rotation_cost(pairs: Pairs) -> torch.Tensor:
     cost = E‖k‖² · Σ_h E‖q‖² · turn: low frequencies cost nothing, however much energy they carry.
     """
     assert pairs.key_energy is not None and pairs.query_energy is not None and pairs.turn is not None
-    cost = pairs.key_energy * pairs.query_energy * pairs.turn[:, None]
+    cost = pairs.key_energy * pairs.query_energy * pairs.turn
     kept = torch.zeros(cost.numel(), dtype=torch.bool)
     kept[cost.flatten().topk(pairs.count).indices.cpu()] = True
     return kept.view(cost.shape)

@@ -2,10 +2,13 @@
 
 Two layouts of the rotated key (see MLAAttention): one for every key head (N = G, the heads' own basis and as many
 pairs of each), or one that all heads share (N = 1), where a query head's row holds its share of every pair.
+
+Frequency folding (TransMLA, arXiv 2502.07864, section 4.2): the basis mixes key heads and a block of m neighbouring
+frequencies, as if these were one. Fewer components carry as much, and turn a little too fast or too slowly.
 Shapes as in mha2mla/layer.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -67,26 +70,32 @@ def choose_rotation(
 ) -> Parts:
     """Cut query [H, D, d + 1] and key [G, D, d + 1]. moment: [d + 1, d + 1] of the layer's input, if it is known."""
     assert options.rope_dim is not None
-    groups = geometry.num_kv_heads
     query, key = as_pairs(query), as_pairs(key)  # [heads, 2, F, d + 1]
-    pairs = Pairs(geometry, options.rope_dim // 2)
-    mixing = basis.STRATEGIES["heads"](query.new_zeros(geometry.num_pairs, groups, groups))
+    fold = options.frequency_folding
+    blocks = replace(geometry, num_kv_heads=fold * geometry.num_kv_heads, head_dim=geometry.head_dim // fold)
+    pairs = Pairs(blocks, options.rope_dim // 2)
+    components = blocks.num_kv_heads
+    mixing = basis.STRATEGIES["heads"](query.new_zeros(blocks.num_pairs, components, components))
     if statistics is not None and moment is not None:
-        key_moment = torch.einsum("gcfi,ij,hcfj->fgh", key, moment, key)
-        query_energy = torch.einsum("hcfi,ij,hcfj->fh", query, moment, query).unflatten(1, (groups, -1)).sum(-1)
+        keys, queries = folded(key, fold).flatten(0, 1), folded(query, fold)
+        key_moment = torch.einsum("gcfi,ij,hcfj->fgh", keys, moment, keys)
+        query_energy = torch.einsum("hmcfi,ij,hmcfj->fhm", queries, moment, queries)
+        query_energy = query_energy.unflatten(1, (geometry.num_kv_heads, -1)).sum(2).flatten(1)
         mixing = basis.STRATEGIES[options.rope_basis](key_moment)
-        pairs.turn = rotation.turn
+        share = mixing.square()  # [F / m, component, key head and frequency]
+        turn = rotation.turn.view(-1, 1, fold).expand(-1, geometry.num_kv_heads, -1).flatten(1)
+        pairs.turn = torch.einsum("fjg,fg->fj", share, turn.to(share))
         pairs.key_energy = torch.einsum("fjg,fgh,fjh->fj", mixing, key_moment, mixing)
-        pairs.query_energy = torch.einsum("fjg,fg->fj", mixing.square(), query_energy)
+        pairs.query_energy = torch.einsum("fjg,fg->fj", share, query_energy)
         pairs.key_norm = statistics.key_norm.T
-        pairs.query_norm = statistics.query_norm.unflatten(0, (groups, -1)).sum(1).T
+        pairs.query_norm = statistics.query_norm.unflatten(0, (geometry.num_kv_heads, -1)).sum(1).T
     kept = partial_rope.STRATEGIES[options.partial_rope](pairs).to(query.device)
 
     rest = query * rotation.scale**2  # what no longer passes through the rotary embedding keeps its factor
     if options.expected_rotation:
         rest = turned(rest, rotation.near)
     if shares_rotated_key(options):
-        return shared(query, key, rest, kept, mixing)
+        return shared(query, key, rest, kept, mixing, fold)
     return per_head(query, key, rest, kept)
 
 
@@ -107,21 +116,31 @@ def per_head(query: torch.Tensor, key: torch.Tensor, rest: torch.Tensor, kept: t
 
 
 def shared(
-    query: torch.Tensor, key: torch.Tensor, rest: torch.Tensor, kept: torch.Tensor, mixing: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, rest: torch.Tensor, kept: torch.Tensor, mixing: torch.Tensor, fold: int
 ) -> Parts:
-    """One rotated key for all heads: the kept components, and for every query head its share of them."""
-    frequency, component = kept.nonzero().unbind(1)
-    vectors = mixing[frequency, component]  # [P / 2, G]
-    own = vectors.repeat_interleave(len(query) // len(key), 1)  # [P / 2, H]
-    # What is left of the keys of every frequency: their part in the other directions, exactly zero if there are none.
+    """One rotated key for all heads: the kept components, and for every query head its share of them.
+
+    A component of a block of m frequencies turns with the one that has most of it.
+    """
+    block, component = kept.nonzero().unbind(1)
+    vectors = mixing[block, component].unflatten(1, (-1, fold))  # [P / 2, G, m]
+    own = vectors.repeat_interleave(len(query) // len(key), 1)  # [P / 2, H, m]
+    queries, keys = folded(query, fold), folded(key, fold)
+    # What is left of the keys of every block: their part in the other directions, exactly zero if there are none.
     left = torch.einsum("fj,fjg,fjh->fgh", (~kept).to(mixing), mixing, mixing)
+    still = torch.einsum("fgh,hcfi->gcfi", left, keys.flatten(0, 1)).unflatten(0, (len(key), fold))
     return Parts(
         query_rest=rest.flatten(1, 2),
-        query_rotated=torch.einsum("ph,hcpi->hcpi", own, query[:, :, frequency]).flatten(1, 2),
-        key_rest=torch.einsum("fgh,hcfi->gcfi", left, key).flatten(1, 2),
-        key_rotated=torch.einsum("pg,gcpi->cpi", vectors, key[:, :, frequency]).flatten(0, 1),
-        pair_index=frequency[None],
+        query_rotated=torch.einsum("phm,hmcpi->hcpi", own, queries[:, :, :, block]).flatten(1, 2),
+        key_rest=still.permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(1, 2),
+        key_rotated=torch.einsum("pgm,gmcpi->cpi", vectors, keys[:, :, :, block]).flatten(0, 1),
+        pair_index=(block * fold + vectors.square().sum(1).argmax(1))[None],
     )
+
+
+def folded(rows: torch.Tensor, fold: int) -> torch.Tensor:
+    """Pairs [heads, 2, F, n] in blocks of m neighbouring frequencies: [heads, m, 2, F / m, n]."""
+    return rows.unflatten(2, (-1, fold)).permute(0, 3, 1, 2, 4)
 
 
 def turned(query: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

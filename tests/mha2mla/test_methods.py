@@ -56,6 +56,35 @@ def test_a_wrong_basis_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative(logits(converted, tokens()), logits(model, tokens())) > 1e-2
 
 
+@pytest.mark.parametrize("heads", KV_HEADS)
+def test_folding_is_exact_for_frequencies_that_are_equal(heads: str) -> None:
+    """Control: for a model's own frequencies it is an approximation, even at full budget."""
+    model, keys = tiny_model(kv_heads=KV_HEADS[heads]), 8 * KV_HEADS[heads]
+    folded = METHODS["best"] | {"frequency_folding": 2}
+    full = ConversionOptions(rope_dim=keys, kv_lora_rank=min(keys, 32), **folded)
+
+    def error() -> float:
+        converted, _ = convert(model, full, calibrated(model))
+        converted.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq
+        return relative(logits(converted, tokens()), logits(model, tokens()))
+
+    assert error() > 1e-2
+    model.model.rotary_emb.inv_freq = torch.tensor([0.9, 0.9, 0.01, 0.01])
+    assert error() < TOLERANCE
+
+
+def test_folding_keeps_more_of_the_energy_in_as_many_pairs() -> None:
+    model, kept = tiny_model(kv_heads=4), []
+    model.model.rotary_emb.inv_freq = torch.full((4,), 0.3)
+    ids = tokens()
+    for folding in (1, 4):
+        options = METHODS["best"] | {"frequency_folding": folding, "expected_rotation": False}
+        converted, _ = convert(model, ConversionOptions(rope_dim=8, kv_lora_rank=24, **options), calibrated(model))
+        converted.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq
+        kept.append(relative(logits(converted, ids), logits(model, ids)))
+    assert kept[1] < kept[0]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_rope_alone_keeps_the_values(method: str) -> None:
     """At full rank only rotation is lost: the values' and unrotated keys' weights come back exactly."""
@@ -139,7 +168,7 @@ def test_rotation_cost_leaves_slow_pairs_alone() -> None:
     geometry = convert(model, ConversionOptions(kv_lora_rank=8))[1].geometry
     turn = rotation_loss(torch.tensor([1.0, 0.1, 1e-2, 1e-4]), context=64)
     energy = torch.tensor([[1.0, 0.5], [1.0, 0.5], [1.0, 0.5], [100.0, 50.0]])
-    kept = rotation_cost(Pairs(geometry, 4, turn, energy, torch.ones_like(energy)))
+    kept = rotation_cost(Pairs(geometry, 4, turn[:, None].expand(-1, 2), energy, torch.ones_like(energy)))
     assert kept.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert turn[0] > turn[1] > turn[2] > 100 * turn[3]
 
