@@ -8,7 +8,6 @@ states, since a step takes as long whatever they are. Writes `outputs/<model>/be
 """
 
 import statistics
-import time
 from typing import Any
 
 import hydra
@@ -26,6 +25,7 @@ from conf.plan import plain, write_result
 from conf.precision import torch_dtype
 from conf.schema import BenchConfig, Config, Device
 from conf.stage import provenance
+from conf.timing import seconds_of
 from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert
 from mha2mla.families import attention_layers
 from mha2mla.modeling.attention_mla import MLAAttention
@@ -56,18 +56,14 @@ def filled_cache(model: Any, bench: BenchConfig) -> Any:
 def decode(model: Any, cache: Any, bench: BenchConfig) -> float:
     """Seconds for `bench.steps` decoding steps."""
     device = next(model.parameters()).device
-    ids = torch.ones(bench.batch_size, 1, dtype=torch.long, device=device)
-    synchronise(device)
-    began = time.perf_counter()
-    for _ in range(bench.steps):
-        ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    synchronise(device)
-    return time.perf_counter() - began
+    first = torch.ones(bench.batch_size, 1, dtype=torch.long, device=device)
 
+    def steps() -> None:
+        ids = first
+        for _ in range(bench.steps):
+            ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return seconds_of(steps, device)
 
 
 def measure(config: Config) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from conf.precision import torch_dtype
 from conf.schema import Config
+from data.windows import text_windows
 from eval.generate import Stops
-from eval.perplexity import packed_windows, text_windows
+from eval.perplexity import packed_windows
 from eval.prompts import Prompt, Prompter, prompts_digest
 from eval.sources import load_rows
 from eval.tasks import Row, Task

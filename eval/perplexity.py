@@ -77,15 +77,6 @@ def batch_loss(model: Any, windows: list[torch.Tensor]) -> tuple[float, int]:
     return loss, len(targets)
 
 
-def text_windows(tokenizer: Any, file: Path, length: int, tokens: int) -> list[torch.Tensor]:
-    """The first `tokens` tokens of a text file in consecutive windows of `length`."""
-    ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-    count = min(tokens, len(ids)) // length
-    if not count:
-        raise ValueError(f"eval.perplexity_text={file} has {len(ids)} tokens, less than a window of {length}")
-    return list(torch.tensor(ids[: count * length]).view(count, length))
-
-
 def packed_windows(folder: Path, length: int, tokens: int) -> list[torch.Tensor]:
     """Windows of at most `length` from the sampled validation split, about `tokens` tokens in all.
 

@@ -27,7 +27,8 @@ from conf.precision import native_autocast
 from conf.schema import Config, StudyConfig, StudyPoint
 from conf.stage import fingerprint, provenance
 from data.calibration import calibration_batches
-from eval.perplexity import perplexity, text_windows
+from data.windows import text_windows
+from eval.perplexity import perplexity
 from mha2mla import ConversionOptions, collect_statistics, convert, needs_calibration, reconstruct, resolve_options
 
 COLUMNS = "{:<31} {:>4} {:>4} {:>8} {:>10} {:>10} {:>7}"

@@ -17,7 +17,6 @@ activations, logits. Of the process on a CPU, of torch's allocator on CUDA.
 
 import statistics
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -39,7 +38,7 @@ from conf.errors import stage_main
 from conf.plan import plain, write_result
 from conf.schema import Config
 from conf.stage import provenance
-from eval.bench import synchronise
+from conf.timing import seconds_of
 from mha2mla import ConversionOptions, collect_statistics, convert
 from train.batches import next_tokens
 from train.convert import load_pretrained
@@ -123,21 +122,18 @@ def train(config: Config, folder: str, name: str) -> dict[str, Any]:
     loss_of = loss_function(config.finetune, load_teacher(config, accelerator))
     model.train()
 
-    def step() -> float:
-        began = time.perf_counter()
+    def step() -> None:
         loss, targets = loss_of(model, batch)
         accelerator.backward(loss / targets)
         optimizer.step()
         optimizer.zero_grad()
-        synchronise(accelerator.device)
-        return time.perf_counter() - began
 
     facts: dict[str, Any] = {"device": accelerator.device.type, "mixed_precision": accelerator.mixed_precision}
     with FlopCounterMode(display=False) if name == "ce" else nullcontext() as counter:
         step()  # warms up, compiles
     if counter:
         facts["flops_per_step"] = counter.get_total_flops()
-    seconds = [step() for _ in range(config.bench.train_steps)]
+    seconds = [seconds_of(step, accelerator.device) for _ in range(config.bench.train_steps)]
     facts |= {"seconds": seconds, "memory_gib": peak_memory_gib(accelerator.device) - before}
     if counter:
         facts["matrix_flops_per_second"] = matrix_rate(accelerator)
@@ -150,13 +146,7 @@ def matrix_rate(accelerator: Accelerator) -> float:
     dtype = half.get(accelerator.mixed_precision, torch.float32)
     size = 8192 if accelerator.device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=accelerator.device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(6):
-        synchronise(accelerator.device)
-        began = time.perf_counter()
-        left @ right
-        synchronise(accelerator.device)
-        seconds.append(time.perf_counter() - began)
+    seconds = [seconds_of(lambda: left @ right, accelerator.device) for _ in range(6)]
     return 2 * size**3 / min(seconds[1:])
 
 

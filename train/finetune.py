@@ -37,7 +37,7 @@ from conf.errors import stage_main
 from conf.plan import Plan, plain, teacher_fingerprint
 from conf.schema import Config, FinetuneConfig
 from conf.tracking import open_run
-from eval.perplexity import text_windows
+from data.windows import text_windows
 from train.batches import PackedRows, TextRows, TrainingOrder, micro_batch, mix_seed
 from train.checkpoint import load_checkpoint, save_checkpoint, without_wrappers
 from train.launch import start

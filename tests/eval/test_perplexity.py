@@ -10,7 +10,8 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import eval.perplexity as module
-from eval.perplexity import document_windows, packed_windows, perplexity, text_windows
+from data.windows import text_windows
+from eval.perplexity import document_windows, packed_windows, perplexity
 from tests.eval.tiny import model, tokenizer
 
 

@@ -1,0 +1,15 @@
+"""A text in windows of tokens that stand alone: what perplexities of a text are measured on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def text_windows(tokenizer: Any, file: Path, length: int, tokens: int) -> list[torch.Tensor]:
+    """The first `tokens` tokens of a text file in consecutive windows of `length`."""
+    ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    count = min(tokens, len(ids)) // length
+    if not count:
+        raise ValueError(f"eval.perplexity_text={file} has {len(ids)} tokens, less than a window of {length}")
+    return list(torch.tensor(ids[: count * length]).view(count, length))
