@@ -22,6 +22,7 @@ from mha2mla.modeling.modeling_mla import (
     Qwen2MLAModel,
 )
 from mha2mla.options import ConversionOptions
+from mha2mla.quantized_cache import QuantizedLatentCache, calibrate_ranges, rotate_latents
 from mha2mla.reconstruct import reconstruct
 from mha2mla.statistics import Statistics, collect_statistics
 from mha2mla.version import __version__
@@ -41,12 +42,15 @@ __all__ = [
     "Qwen2MLAConfig",
     "Qwen2MLAForCausalLM",
     "Qwen2MLAModel",
+    "QuantizedLatentCache",
     "Statistics",
     "__version__",
     "cache_bytes",
+    "calibrate_ranges",
     "collect_statistics",
     "convert",
     "needs_calibration",
     "reconstruct",
     "resolve_options",
+    "rotate_latents",
 ]

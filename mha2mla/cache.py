@@ -36,3 +36,5 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
+    elif type(value).__module__.startswith("mha2mla."):  # the parts that our own cache layers are made of
+        yield from _tensors(vars(value))

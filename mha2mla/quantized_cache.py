@@ -1,0 +1,285 @@
+"""A cache that keeps the latent in a few bits, behind transformers' `Cache` interface.
+
+    cache = QuantizedLatentCache(model.config, bits=4, rope_bits=8)
+    model.generate(**inputs, past_key_values=cache)
+
+    ranges = calibrate_ranges(model, batches, bits=4, rope_bits=4)      # once; then a token costs its codes alone
+    cache = QuantizedLatentCache(model.config, bits=4, rope_bits=4, ranges=ranges)
+
+The last tokens (`residual_length`) and the first (`sink_length`, whose states are far larger than all others') stay as
+they are; everything between is coded, that of the prompt too, and decoded when it is attended to.
+
+Shapes: B batch, S tokens, r kv_lora_rank, R rotated numbers. Latent [B, 1, S, r], rotated key [B, 1, S, R].
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from mha2mla import quantization
+from mha2mla.families import attention_layers
+from mha2mla.quantization import Range
+
+STEP = 256  # tokens that a buffer grows by: a decoded token writes itself and copies nothing
+
+
+@dataclass
+class LayerRanges:
+    """A layer's ranges of every channel, [r] and [R]; `rope` is None where the rotated key stays whole."""
+
+    latent: Range
+    rope: Range | None
+
+
+class Rows:
+    """A tensor [B, 1, S, n] that grows along S in steps."""
+
+    def __init__(self) -> None:
+        self.buffer: torch.Tensor | None = None
+        self.length = 0
+
+    def view(self) -> torch.Tensor:
+        assert self.buffer is not None
+        return self.buffer[:, :, : self.length]
+
+    def append(self, rows: torch.Tensor) -> None:
+        needed = self.length + rows.shape[2]
+        if self.buffer is None or needed > self.buffer.shape[2]:
+            capacity = -(-needed // STEP) * STEP
+            larger = rows.new_empty(*rows.shape[:2], capacity, rows.shape[3])
+            if self.buffer is not None:
+                larger[:, :, : self.length] = self.view()
+            self.buffer = larger
+        self.buffer[:, :, self.length : needed] = rows
+        self.length = needed
+
+    def change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.buffer is not None:
+            self.buffer = change(self.buffer)
+
+
+class Store:
+    """Tokens of one slot in codes, or as they are with bits=None."""
+
+    def __init__(self, bits: int | None, group: int | None, fixed: Range | None) -> None:
+        self.bits, self.group, self.fixed = bits, group, fixed
+        self.rows = {"codes": Rows()}
+        if bits is not None and fixed is None:
+            self.rows |= {"low": Rows(), "scale": Rows()}
+
+    @property
+    def length(self) -> int:
+        return self.rows["codes"].length
+
+    def append(self, values: torch.Tensor) -> None:
+        if self.bits is None:
+            self.rows["codes"].append(values)
+            return
+        self.channels = values.shape[-1]
+        span = self.fixed
+        if span is None:
+            assert self.group is not None
+            span = quantization.measure(values, self.bits, self.group)
+            self.rows["low"].append(span.low)
+            self.rows["scale"].append(span.scale)
+        elif span.low.device != values.device:
+            span = self.fixed = Range(span.low.to(values.device), span.scale.to(values.device))
+        self.rows["codes"].append(quantization.encode(values, span, self.bits))
+
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        codes = self.rows["codes"].view()
+        if self.bits is None:
+            return codes
+        span = self.fixed or Range(self.rows["low"].view(), self.rows["scale"].view())
+        return quantization.decode(codes, span, self.bits, self.channels, dtype)
+
+    def crop(self, length: int) -> None:
+        for rows in self.rows.values():
+            rows.length = min(rows.length, length)
+
+
+class QuantizedLatentLayer(DynamicLayer):
+    """One layer: `sinks` in full, then codes, then the latest tokens in full."""
+
+    def __init__(self, latent: Store, rope: Store, residual_length: int, sink_length: int) -> None:
+        super().__init__()
+        self.stores = (latent, rope)
+        self.residual_length, self.sink_length = residual_length, sink_length
+        self.sinks: list[torch.Tensor] = []  # latent and rotated key
+        self.recent: list[torch.Tensor] = []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.sinks = [states[:, :, :0] for states in (key_states, value_states)]
+        self.recent = list(self.sinks)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append latent and rotated key; returns both whole, decoded where they are coded."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        room = self.sink_length - self.sinks[0].shape[2] if self.stores[0].length == 0 else 0
+        latest = [torch.cat(pair, 2) for pair in zip(self.recent, (key_states, value_states), strict=True)]
+        if room > 0:
+            self.sinks = [
+                torch.cat((sink, states[:, :, :room]), 2) for sink, states in zip(self.sinks, latest, strict=True)
+            ]
+            latest = [states[:, :, room:] for states in latest]
+        excess = latest[0].shape[2] - self.residual_length
+        if excess > 0:
+            for store, states in zip(self.stores, latest, strict=True):
+                store.append(states[:, :, :excess])
+            latest = [states[:, :, excess:].clone() for states in latest]  # not a view: it would keep the whole alive
+        self.recent = latest
+        latent, rope = (self.whole(slot) for slot in (0, 1))
+        return latent, rope
+
+    def whole(self, slot: int) -> torch.Tensor:
+        parts = [self.sinks[slot], self.recent[slot]]
+        if self.stores[slot].length:
+            parts.insert(1, self.stores[slot].read(self.dtype))
+        return torch.cat(parts, 2)
+
+    def get_seq_length(self) -> int:
+        if not self.is_initialized:
+            return 0
+        return self.sinks[0].shape[2] + self.stores[0].length + self.recent[0].shape[2]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, given as a negative number as transformers does."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative one")
+        if not self.is_initialized or not tokens_to_remove:
+            return
+        keep = max(0, self.get_seq_length() + tokens_to_remove)
+        self.sinks = [states[:, :, :keep] for states in self.sinks]
+        keep -= self.sinks[0].shape[2]
+        left = max(0, keep - self.stores[0].length)
+        for store in self.stores:
+            store.crop(keep)
+        self.recent = [states[:, :, :left] for states in self.recent]
+
+    def change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.is_initialized:
+            self.sinks = [change(states) for states in self.sinks]
+            self.recent = [change(states) for states in self.recent]
+            for store in self.stores:
+                for rows in store.rows.values():
+                    rows.change_batch(change)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.change_batch(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change_batch(lambda states: states.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.change_batch(lambda states: states[indices.to(states.device)])
+
+    def reset(self) -> None:
+        self.sinks, self.recent, self.is_initialized = [], [], False
+        for store in self.stores:
+            for rows in store.rows.values():
+                rows.buffer, rows.length = None, 0
+
+    def offload(self) -> None:
+        raise NotImplementedError("a quantised latent cache is not offloaded: it is small; use offloading=False")
+
+    prefetch = offload
+
+
+class QuantizedLatentCache(Cache):
+    """For models that this package converted.
+
+    config: the model's. bits: of the latent, 2, 3, 4 or 8. rope_bits: of the rotated key, or None to keep it whole.
+    group_size: channels that share a range, measured for every token and stored with it; default: the largest divisor
+        of r up to 32 (of R for the rotated key, at most that). Unused with ranges, one `LayerRanges` a layer from
+        `calibrate_ranges`.
+    Raises ValueError for bits and groups that the sizes cannot express.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        bits: int = 4,
+        rope_bits: int | None = None,
+        group_size: int | None = None,
+        residual_length: int = 32,
+        sink_length: int = 4,
+        ranges: list[LayerRanges] | None = None,
+    ) -> None:
+        layers: list[Any] = []
+        rope_dim = config.rope_dim
+        ranks = config.layer_kv_lora_rank or [config.kv_lora_rank] * config.num_hidden_layers
+        for index, rank in enumerate(ranks):
+            own = ranges[index] if ranges else None
+            group = group_size or largest_divisor(rank, 32)
+            rope_group = largest_divisor(rope_dim, group)
+            quantization.check(bits, rank, None if own else group, f"latent of {rank} (layer {index})")
+            if rope_bits is not None:
+                quantization.check(rope_bits, rope_dim, None if own else rope_group, f"rotated key of {rope_dim}")
+                if own and own.rope is None:
+                    raise ValueError(f"rope_bits={rope_bits}, but the ranges were calibrated without rope_bits")
+            latent = Store(bits, group, own.latent if own else None)
+            rope = Store(rope_bits, rope_group, own.rope if own and rope_bits is not None else None)
+            layers.append(QuantizedLatentLayer(latent, rope, residual_length, sink_length))
+        super().__init__(layers=layers)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
+
+
+@torch.no_grad()
+def calibrate_ranges(
+    model: Any, batches: Iterable[torch.Tensor], bits: int, rope_bits: int | None, tokens: int = 4096
+) -> list[LayerRanges]:
+    """Ranges of every channel of every layer's latent and rotated key, from the first `tokens` tokens of text.
+
+    batches: input_ids [B, S] without padding. The first four tokens of a sequence are left out, as caches keep them
+    whole. Raises ValueError without text.
+    """
+    found: list[list[list[torch.Tensor]]] = [[[], []] for _ in attention_layers(model)]
+    seen = 0
+    for batch in batches:
+        if seen >= tokens:
+            break
+        cache = DynamicCache()
+        model.base_model(input_ids=batch.to(model.device), past_key_values=cache, use_cache=True)
+        layers: list[Any] = cache.layers
+        for slots, layer in zip(found, layers, strict=True):
+            for slot, states in zip(slots, (layer.keys, layer.values), strict=True):
+                slot.append(states[:, 0, 4:].flatten(0, 1).float())
+        seen += batch.numel()
+    if not seen:
+        raise ValueError("calibration text is empty: calibrate_ranges needs at least one batch")
+    ranges = []
+    for latent, rope in found:
+        rope_range = None if rope_bits is None else quantization.fit_channels(torch.cat(rope), rope_bits)
+        ranges.append(LayerRanges(quantization.fit_channels(torch.cat(latent), bits), rope_range))
+    return ranges
+
+
+@torch.no_grad()
+def rotate_latents(model: Any, seed: int = 0) -> None:
+    """Turn every layer's latent by a random orthogonal matrix, in place, which changes no output.
+
+    Both projections take it over, so it costs nothing; every channel becomes a mixture of all, without channels whose
+    range a few tokens set. (QuaRot, arXiv 2404.00456, does this for whole models.)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for layer in attention_layers(model):
+        rank = layer.kv_lora_rank
+        matrix, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.float64))
+        matrix = matrix.to(layer.kv_b_proj.weight.device)
+        down, up = layer.kv_a_proj_with_mqa, layer.kv_b_proj
+        down.weight[:rank] = (matrix @ down.weight[:rank].double()).to(down.weight)
+        if down.bias is not None:
+            down.bias[:rank] = (matrix @ down.bias[:rank].double()).to(down.bias)
+        up.weight.copy_(up.weight.double() @ matrix.T)
