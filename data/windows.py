@@ -11,5 +11,5 @@ def text_windows(tokenizer: Any, file: Path, length: int, tokens: int) -> list[t
     ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     count = min(tokens, len(ids)) // length
     if not count:
-        raise ValueError(f"eval.perplexity_text={file} has {len(ids)} tokens, less than a window of {length}")
+        raise ValueError(f"{file} has {len(ids)} tokens, less than a window of {length}")
     return list(torch.tensor(ids[: count * length]).view(count, length))

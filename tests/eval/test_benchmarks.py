@@ -35,8 +35,12 @@ def write_questions(folder: Path, keys: list[str]) -> None:
 
 
 def write_tiny(folder: Path) -> None:
-    """A model whose tokens are words, with the end-of-text token that lm-eval wants."""
     write_model(folder, dropout=0.0)
+    write_words(folder)
+
+
+def write_words(folder: Path) -> None:
+    """A tokenizer of words, with the end-of-text token that lm-eval wants."""
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w0").save_pretrained(folder)

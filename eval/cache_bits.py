@@ -1,0 +1,158 @@
+"""What a latent cache in a few bits costs in perplexity and in bytes, token by token as in decoding.
+
+    python -m eval.cache_bits outputs/MODEL/RUN/finetune --text wikitext2_test.txt --calibrate brown.jsonl.gz
+        --original 384 --output docs/results/cache_bits
+
+Every window of the text is fed through the cache one token at a time, so each token is predicted from what the cache
+hands out; all windows together are a batch. Writes OUTPUT.json: perplexity, bytes that a coded token takes in the cache
+as measured, those of the tokens kept whole, and the reduction against `--original` numbers a layer in 16 bits.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+
+from conf.precision import torch_dtype
+from conf.schema import Dtype, SourceConfig
+from conf.stage import provenance, write_json
+from data.sources import list_parts, read_texts
+from data.windows import text_windows
+from mha2mla import QuantizedLatentCache, calibrate_ranges, rotate_latents
+
+# Bits of latent and rotated key, and whether ranges come from calibration (else from every token's groups).
+SETTINGS = (
+    (8, 8, False),
+    (4, 8, False),
+    (4, 8, True),
+    (4, 4, True),
+    (3, 4, True),
+    (2, 4, True),
+    (2, 2, True),
+)
+
+
+@torch.inference_mode()
+def decoding_perplexity(model: Any, windows: torch.Tensor, cache: Cache, shown: str = "") -> float:
+    """Perplexity of windows [N, T] whose tokens go through `cache` one by one."""
+    total = torch.zeros((), dtype=torch.float64)
+    ids = windows.to(model.device)
+    for place in tqdm(range(ids.shape[1] - 1), desc=shown, unit="token", leave=False, disable=None):
+        logits = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1].float()
+        total += torch.nn.functional.cross_entropy(logits, ids[:, place + 1], reduction="sum").double().cpu()
+    return math.exp(float(total) / (ids.shape[0] * (ids.shape[1] - 1)))
+
+
+def bytes_a_token(cache: Cache) -> tuple[float, int]:
+    """Bytes of a coded token over all layers, ranges stored with it counted; tokens a sequence kept whole."""
+    layers: list[Any] = list(cache.layers)
+    total = 0.0
+    for layer in layers:
+        buffers = [rows.buffer for store in layer.stores for rows in store.rows.values()]
+        if any(buffer is None for buffer in buffers):
+            raise ValueError("no token was coded: the windows must be longer than the first and latest tokens together")
+        total += sum(buffer.nbytes / (buffer.shape[0] * buffer.shape[2]) for buffer in buffers)
+    return total, layers[0].sinks[0].shape[2] + layers[0].recent[0].shape[2]
+
+
+def calibration_text(files: list[str], tokenizer: Any, length: int, tokens: int) -> list[torch.Tensor]:
+    """Sequences [1, length] of the first documents that are so long; ValueError if they are too few."""
+    found: list[torch.Tensor] = []
+    for part in list_parts("--calibrate", SourceConfig(data_files=files), 0):
+        for text in read_texts(part):
+            ids = tokenizer(text[: 8 * length], add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) >= length:
+                found.append(torch.tensor(ids[:length])[None])
+            if len(found) * length >= tokens:
+                return found
+    raise ValueError(f"--calibrate: {len(found)} documents of {length} tokens found, {tokens // length} needed")
+
+
+def measure(
+    model: Any, windows: torch.Tensor, batches: list[torch.Tensor], original: int, on_row: Callable[[dict], None]
+) -> list[dict[str, Any]]:
+    """A row a setting, the whole cache first."""
+    config, layers = model.config, model.config.num_hidden_layers
+    numbers = sum(config.layer_kv_lora_rank or [config.kv_lora_rank] * layers) + layers * config.rope_dim
+    whole = decoding_perplexity(model, windows, DynamicCache(), "whole")
+    rows: list[dict[str, Any]] = [
+        {"bits": 16, "rope_bits": 16, "calibrated": False, "rotated": False, "perplexity": whole}
+        | {"bytes_per_token": 2.0 * numbers, "tokens_kept_whole": None}
+    ]
+    rows[0]["reduction"] = 1 - rows[0]["bytes_per_token"] / (2 * original * layers)
+    on_row(rows[0])
+    for rotated in (False, True):
+        if rotated:
+            rotate_latents(model)
+        for bits, rope_bits, calibrated in SETTINGS:
+            ranges = calibrate_ranges(model, batches, bits, rope_bits) if calibrated else None
+            cache = QuantizedLatentCache(model.config, bits, rope_bits, ranges=ranges)
+            found = decoding_perplexity(model, windows, cache, f"{bits} bits")
+            held, kept = bytes_a_token(cache)
+            row = {"bits": bits, "rope_bits": rope_bits, "calibrated": calibrated, "rotated": rotated}
+            row |= {"perplexity": found, "against_whole": found / whole, "bytes_per_token": held}
+            row |= {"tokens_kept_whole": kept, "reduction": 1 - held / (2 * original * layers)}
+            rows.append(row)
+            on_row(row)
+    return rows
+
+
+def show(row: dict[str, Any]) -> None:
+    ranges = "calibrated" if row["calibrated"] else "by token" if row["bits"] < 16 else ""
+    change = f"{100 * (row['against_whole'] - 1):+.1f} %" if "against_whole" in row else ""
+    print(
+        f"{row['bits']:>4}{row['rope_bits']:>6}  {ranges:<12}{'rotated' if row['rotated'] else '':<9}"
+        f"{row['bytes_per_token']:>9,.0f}{-100 * row['reduction']:>9.2f} %{row['perplexity']:>11,.2f}{change:>10}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of a converted checkpoint")
+    parser.add_argument("--text", type=Path, required=True, help="plain text to measure perplexity on")
+    parser.add_argument(
+        "--calibrate", nargs="+", required=True, help="documents for ranges: JSON lines, Parquet or text"
+    )
+    parser.add_argument("--original", type=int, required=True, help="numbers that the original caches a token a layer")
+    parser.add_argument("--tokens", type=int, default=10240)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--output", type=Path, required=True, help="path of the JSON, without suffix")
+    options = parser.parse_args()
+    if not (options.model / "config.json").exists():
+        parser.exit(1, f"error: no checkpoint in {options.model}\n")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch_dtype(Dtype.native, device == "cpu")
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+    if not hasattr(model.config, "kv_lora_rank"):
+        parser.exit(1, f"error: {options.model} is not a converted model: it has no latent to keep in few bits\n")
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    print("bits  rope  ranges               bytes a token      cut perplexity    change")
+    try:
+        windows = torch.stack(text_windows(tokenizer, options.text, options.length, options.tokens))
+        batches = calibration_text(options.calibrate, tokenizer, 1024, 4096)
+        rows = measure(model, windows, batches, options.original, show)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+    result = {
+        "rows": rows,
+        "text": {"file": options.text.name, "tokens": windows.numel(), "sequence_length": options.length},
+        "calibration_tokens": sum(batch.numel() for batch in batches),
+        "original_numbers": options.original,
+        "numbers": model.config.kv_lora_rank + model.config.rope_dim,
+        "dtype": str(dtype).removeprefix("torch."),
+        "provenance": provenance(),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.output.with_suffix(".json"), result)
+
+
+if __name__ == "__main__":
+    main()
