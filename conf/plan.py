@@ -69,7 +69,8 @@ class Plan:
         scores = {"eval": without(plain(config.eval), "batch_size")}
         files = eval_fingerprints(config.eval)
         original = model | files | {"sample": self.sample.key}
-        self.original = Stage("original", self.model_dir / "original", scores, original)
+        uncoded = {"eval": without(scores["eval"], "cache_bits")}
+        self.original = Stage("original", self.model_dir / "original", uncoded, original)
         self.evaluate = Stage("evaluate", self.run_dir / "evaluate", scores, files | {"finetune": self.finetune.key})
         self.report = Stage(
             "report",

@@ -297,6 +297,7 @@ class EvalConfig:
     perplexity_tokens: int = 10240  # of the validation split, and of perplexity_text
     perplexity_sequence_length: int = 512
     perplexity_text: str | None = None  # a text file measured too, in consecutive windows without special tokens
+    cache_bits: list[int] = field(default_factory=list)  # healed model with its latent in so many bits too: [8, 4, 2]
     dtype: Dtype = Dtype.auto  # of all models compared; auto: what the original is stored in
     seed: int = 0
 
@@ -313,6 +314,8 @@ class EvalConfig:
             require(bool(self.data_dir), "eval.source=local needs eval.data_dir=<folder of <task>.jsonl files>")
         else:
             require(not self.data_dir, f"eval.data_dir has no effect with eval.source={self.source.value}; use local")
+        for bits in self.cache_bits:
+            require(bits in (2, 3, 4, 8), f"eval.cache_bits={self.cache_bits}: a latent takes 2, 3, 4 or 8 bits")
         for name in ("limit", "max_length", "batch_size", "perplexity_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"eval.{name}={value} must be positive")

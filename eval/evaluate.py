@@ -6,18 +6,23 @@ The original's scores are a stage of their own, made once for all points of a sw
 at a time. Both stages end in a `scores.json`; a killed run goes on where it stopped (eval/score.py).
 """
 
+from collections.abc import Iterable
+
 import hydra
 import torch
 from omegaconf import DictConfig
+from transformers import AutoConfig
 
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import Plan
 from conf.schema import Config, Device
 from conf.stage import Stage, write_json
+from eval.generate import ROPE_BITS
 from eval.inputs import Inputs, prepare
 from eval.results import mean_score
 from eval.score import score_model
+from mha2mla import QuantizedLatentCache
 
 
 def run_evaluate(config: Config) -> None:
@@ -29,6 +34,8 @@ def run_evaluate(config: Config) -> None:
         return
     for stage in (plan.sample, plan.convert, plan.finetune):
         stage.require_finished()
+    for bits in config.eval.cache_bits:  # refused before anything is scored
+        QuantizedLatentCache(AutoConfig.from_pretrained(plan.finetune.folder), bits, ROPE_BITS)
     device, model = pick_device(config.launch.device), local_model(config)
     inputs = prepare(config, model, plan.sample.folder, device)
     describe(inputs, device)
@@ -36,17 +43,26 @@ def run_evaluate(config: Config) -> None:
         score_stage(plan.original, {"original": model}, config.model.revision, inputs, config, device)
     if config.force or not plan.evaluate.record():
         healed = {"converted": str(plan.convert.folder), "healed": str(plan.finetune.folder)}
-        score_stage(plan.evaluate, healed, None, inputs, config, device)
+        score_stage(plan.evaluate, healed, None, inputs, config, device, config.eval.cache_bits)
 
 
 def score_stage(
-    stage: Stage, models: dict[str, str], revision: str | None, inputs: Inputs, config: Config, device: str
+    stage: Stage,
+    models: dict[str, str],
+    revision: str | None,
+    inputs: Inputs,
+    config: Config,
+    device: str,
+    cache_bits: Iterable[int] = (),
 ) -> None:
-    """Score each of `models` (name → path) into the stage's folder and seal it."""
+    """Score each of `models` (name → path), and the last of them with its cache in few bits; seal the stage."""
+    variants = [(name, path, None) for name, path in models.items()]
+    variants += [(f"{name}-{bits}bit", path, bits) for name, path, _ in variants[-1:] for bits in cache_bits]
+    size = config.eval.batch_size
     with stage.run(resumable=True, force=config.force):
         scores = {
-            name: score_model(name, path, revision, inputs, stage.folder / name, config.eval.batch_size, device)
-            for name, path in models.items()
+            name: score_model(name, path, revision, inputs, stage.folder / name, size, device, bits)
+            for name, path, bits in variants
         }
         write_json(stage.folder / "scores.json", scores)
         for name, found in scores.items():

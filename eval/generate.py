@@ -4,14 +4,27 @@ Batches are padded on the left. The cache handed to `generate` is the one the mo
 measured is what decoding really held: the prompt, its padding and all generated tokens but the last.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from mha2mla import cache_bytes
+from mha2mla import QuantizedLatentCache, cache_bytes
+
+ROPE_BITS = 8  # of the rotated key, where the latent is coded
+NewCache = Callable[[Any], Cache]  # an empty cache for a model
+
+
+def growing_cache(model: Any) -> Cache:
+    """Numbers as the model makes them."""
+    return DynamicCache(config=model.config)
+
+
+def coded_cache(bits: int) -> NewCache:
+    """The latent in so many bits, with ranges of every token's own."""
+    return lambda model: QuantizedLatentCache(model.config, bits, ROPE_BITS)
 
 
 @dataclass
@@ -72,6 +85,7 @@ def generate(
     reading: CacheReading,
     first_line: bool = False,
     newline_ends: bool = False,
+    new_cache: NewCache = growing_cache,
 ) -> list[str]:
     """The outputs of one batch as text, without special tokens; adds the cache's bytes to `reading`."""
     longest = max(len(ids) for ids in prompts)
@@ -88,7 +102,7 @@ def generate(
         eos_token_id=[*stops.ends, stops.newline] if newline_ends else stops.ends,
         pad_token_id=stops.pad,
     )
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model)
     with torch.inference_mode():
         output = model.generate(
             input_ids.to(model.device),

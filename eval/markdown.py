@@ -4,7 +4,6 @@ from typing import Any
 
 import yaml
 
-from eval.results import MODELS
 from eval.tables import MISSING, Rows, flat, markdown_table, number, percent, whole
 
 Results = dict[str, Any]
@@ -83,7 +82,7 @@ def summary_rows(results: Results, share: bool = True) -> tuple[list[str], Rows]
     header = ["model", "B/token", "reduction", "score", "drop", *(["drop %"] if share else [])]
     header += [f"ppl {text[:12]}" for text in texts]
     rows = []
-    for model in MODELS:
+    for model in results["score"]:
         drops = results["score_drop"].get(model, {})
         rows.append(
             [
@@ -93,27 +92,28 @@ def summary_rows(results: Results, share: bool = True) -> tuple[list[str], Rows]
                 number(results["score"][model]),
                 number(drops.get("points")),
                 *([number(drops.get("percent"))] if share else []),
-                *(number(results["perplexity"][text][model], 2) for text in texts),
+                *(number(results["perplexity"][text].get(model), 2) for text in texts),
             ]
         )
     return header, rows
 
 
 def task_rows(results: Results) -> tuple[list[str], Rows]:
-    header = ["task", "version", "rows", "cut", *MODELS, "drop"]
+    models = list(results["score"])
+    header = ["task", "version", "rows", "cut", *models, "drop"]
     rows = [
         [
             name,
             task["version"],
             whole(task["rows"]),
             whole(task["truncated"]),
-            *(number(task["score"][model]) for model in MODELS),
+            *(number(task["score"][model]) for model in models),
             number(task["drop"]["healed"]["points"]),
         ]
         for name, task in results["tasks"].items()
     ]
     mean = [f"**mean of {len(rows)}**", "", "", ""]
-    mean += [number(results["score"][model]) for model in MODELS]
+    mean += [number(results["score"][model]) for model in models]
     return header, [*rows, [*mean, number(results["score_drop"]["healed"]["points"])]]
 
 
@@ -138,7 +138,7 @@ def text_notes(results: Results) -> str:
 def cache_rows(results: Results) -> tuple[list[str], Rows]:
     header = ["model", "B/token/layer", "layers", "B/token", "positions", "bytes in all", "largest batch", "reduction"]
     rows = []
-    for model in MODELS:
+    for model in results["cache"]:
         cache = results["cache"][model]
         figures = ("layers", "bytes_per_token", "positions", "bytes", "largest_batch_bytes")
         per_layer = number(cache["bytes_per_token_per_layer"], 1)

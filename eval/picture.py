@@ -6,6 +6,7 @@ from typing import Any
 
 COLOURS = {"original": "#444444", "converted": "#c44e52", "healed": "#2a6fbb"}
 MARKS = {"original": "s", "converted": "o", "healed": "D"}
+CODED = (("#8172b3", "^"), ("#937860", "v"), ("#da8bc3", "<"), ("#8c8c8c", ">"))  # of caches in few bits, in turn
 LABELLED = 6  # points; more would cover each other
 
 Result = dict[str, Any]  # a report's results.json
@@ -84,19 +85,23 @@ def draw_curves(
     if original is not None:
         axes.axhline(original, color=COLOURS["original"], linewidth=0.8, linestyle=":", zorder=1)
     curves = {"original": [] if original is None else [(0.0, original)], "converted": converted, "healed": healed}
+    coded = [model for model in points[0]["score"] if model not in COLOURS]
+    looks = {model: (COLOURS[model], MARKS[model]) for model in COLOURS} | dict(zip(coded, CODED, strict=False))
+    curves |= {model: curve(points, model, value) for model in looks if model in coded}
     for model, places in curves.items():
         xs, ys = [x for x, _ in places], [y for _, y in places]
-        style = {"marker": MARKS[model], "color": COLOURS[model], "label": model}
+        colour, mark = looks[model]
+        style = {"marker": mark, "color": colour, "label": model}
         axes.plot(xs, ys, markersize=7, linewidth=1.4, alpha=0.9, zorder=3, **style)
         if len(points) > LABELLED:
             continue
         for x, y in places:
             shown = (large if abs(y) >= 100 or (abs(y) >= 10 and len(points) > 1) else small).format(y) if y else "0"
-            # Away from the grey line and from rising curves: healed below on the right, the others above.
-            place, side = ((6, -13), "left") if model == "healed" else ((0 if x == 0 else -2, 8), "center")
-            axes.annotate(
-                shown, (x, y), xytext=place, textcoords="offset points", ha=side, fontsize=8, color=COLOURS[model]
+            # Away from the grey line and from rising curves: healed ones below on the right, the others above.
+            place, side = (
+                ((0 if x == 0 else -2, 8), "center") if model in ("original", "converted") else ((6, -13), "left")
             )
+            axes.annotate(shown, (x, y), xytext=place, textcoords="offset points", ha=side, fontsize=8, color=colour)
 
 
 def curve(points: list[Result], model: str, value: Callable[[Result, str], float | None]) -> Curve:

@@ -52,7 +52,8 @@ def collect(plan: Plan, overrides: list[str] | None) -> dict[str, Any]:
     """Everything that is known of one run, from the files of its stages."""
     config = plan.config
     scores = read(plan.original.folder / "scores.json") | read(plan.evaluate.folder / "scores.json")
-    results = compare({model: scores[model] for model in MODELS})
+    coded = [f"{MODELS[-1]}-{bits}bit" for bits in config.eval.cache_bits]
+    results = compare({model: scores[model] for model in [*MODELS, *coded]})
     return {
         "model": config.model.name,
         "path": config.model.path,
@@ -107,10 +108,11 @@ def send(run: Any, results: dict[str, Any], picture: Path) -> None:
     """Scalars, the table of tasks and the picture to a W&B run."""
     import wandb
 
-    columns = ["task", "rows", *MODELS, "drop_converted", "drop_healed"]
+    models = list(results["score"])
+    columns = ["task", "rows", *models, *(f"drop_{model}" for model in models[1:])]
     data = [
-        [name, task["rows"], *(task["score"][model] for model in MODELS)]
-        + [task["drop"][model]["points"] for model in MODELS[1:]]
+        [name, task["rows"], *(task["score"][model] for model in models)]
+        + [task["drop"][model]["points"] for model in models[1:]]
         for name, task in results["tasks"].items()
     ]
     table = wandb.Table(columns=columns, data=data)

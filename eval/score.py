@@ -17,18 +17,28 @@ from transformers.utils import logging
 
 import mha2mla  # noqa: F401  registers the converted classes with the Auto classes
 from conf.stage import write_json
-from eval.generate import CacheReading, batches, generate
+from eval.generate import CacheReading, NewCache, batches, coded_cache, generate, growing_cache
 from eval.inputs import Inputs, TaskInputs, TextInputs
 from eval.perplexity import perplexity
 from eval.progress import Progress
 
 
 def score_model(
-    name: str, path: str, revision: str | None, inputs: Inputs, folder: Path, batch_size: int, device: str
+    name: str,
+    path: str,
+    revision: str | None,
+    inputs: Inputs,
+    folder: Path,
+    batch_size: int,
+    device: str,
+    cache_bits: int | None = None,
 ) -> dict[str, Any]:
-    """Scores of the model at `path` (folder or hub id) on all inputs; loads it only if one is missing."""
+    """Scores of the model at `path` (folder or hub id) on all inputs; loads it only if one is missing.
+
+    With `cache_bits` its latent cache is coded, and perplexities, whose windows need no cache, are left out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [(text, folder / f"perplexity-{text.name}.json") for text in inputs.texts]
+    texts = [(text, folder / f"perplexity-{text.name}.json") for text in inputs.texts if cache_bits is None]
     tasks = [(each, folder / f"{each.task.name}.json") for each in inputs.tasks]
     open_texts = [(text, file) for text, file in texts if not is_done(file, text.digest)]
     open_tasks = [(each, file) for each, file in tasks if not is_done(file, each.digest, each.task.version)]
@@ -39,12 +49,14 @@ def score_model(
         )
     if open_texts or open_tasks:
         model = load_model(path, revision, inputs.dtype, device)
+        new_cache = growing_cache if cache_bits is None else coded_cache(cache_bits)
         tokens = sum(text.tokens for text, _ in open_texts) + sum(each.tokens for each, _ in open_tasks)
         with Progress(name, tokens) as progress:
             for text, file in open_texts:
                 write_json(file, score_text(model, text, progress))
             for each, file in open_tasks:
-                write_json(file, score_task(model, each, inputs, file.with_suffix(".jsonl"), batch_size, progress))
+                outputs = file.with_suffix(".jsonl")
+                write_json(file, score_task(model, each, inputs, outputs, batch_size, progress, new_cache))
         del model
         gc.collect()
         if device == "cuda":
@@ -52,6 +64,7 @@ def score_model(
     return {
         "path": path,
         "revision": revision,
+        "cache_bits": cache_bits,
         "dtype": str(inputs.dtype).removeprefix("torch."),
         "device": device,
         "perplexity": {text.name: json.loads(file.read_text()) for text, file in texts},
@@ -87,7 +100,13 @@ def score_text(model: Any, text: TextInputs, progress: Progress) -> dict[str, An
 
 
 def score_task(
-    model: Any, each: TaskInputs, inputs: Inputs, outputs: Path, batch_size: int, progress: Progress
+    model: Any,
+    each: TaskInputs,
+    inputs: Inputs,
+    outputs: Path,
+    batch_size: int,
+    progress: Progress,
+    new_cache: NewCache = growing_cache,
 ) -> dict[str, Any]:
     """Generate, score and keep every row of one task."""
     started, task, reading = time.time(), each.task, CacheReading()
@@ -103,6 +122,7 @@ def score_task(
             reading,
             first_line=task.first_line and not task.newline_ends,
             newline_ends=task.newline_ends,
+            new_cache=new_cache,
         )
         for index, text in zip(batch, texts, strict=True):
             row, prompt = each.rows[index], each.prompts[index]

@@ -98,7 +98,5 @@ def test_what_cannot_be_measured_is_named(
         (folder, text, tmp_path / "short.txt", "documents of 1024 tokens found"),
     ):
         with pytest.raises(SystemExit) as stop:
-            call(
-                monkeypatch, model, "--text", str(texts), "--calibrate", str(calibrate), "--output", str(tmp_path / "o")
-            )
+            call(monkeypatch, model, "--text", str(texts), "--calibrate", str(calibrate), *output)
         assert stop.value.code == 1 and message in capsys.readouterr().err

@@ -254,3 +254,36 @@ def test_a_sweep_without_a_finished_point_fails_and_says_why(tmp_path, capsys):
     assert sweep_main([str(tmp_path / "nowhere")]) == 1
     assert "no such folder" in capsys.readouterr().err
     assert sweep_report([], tmp_path / "out", {"a": "b"})["failed"] == {"a": "b"}
+
+
+def test_the_healed_model_is_scored_with_its_cache_in_few_bits_too(run, tmp_path, capsys):
+    folder = Path(run.config.output_dir).parent
+    words = ["eval.cache_bits=[8,4]", "name=default"]
+    plan = Plan(compose_config(folder, *words))
+    finish_before_evaluation(plan.config)
+    before = (run.original.folder / "stage.json").read_text()
+    run_evaluate(plan.config)
+    assert (run.original.folder / "stage.json").read_text() == before  # the original has no latent
+    run_report(plan.config)
+    results = read(plan.report.folder / "results.json")
+    assert list(results["score"]) == ["original", "converted", "healed", "healed-8bit", "healed-4bit"]
+    cuts = [results["kv_cache_reduction"][model] for model in ("healed", "healed-8bit", "healed-4bit")]
+    assert cuts == sorted(cuts) and cuts[0] == pytest.approx(REDUCTION)
+    assert results["perplexity"]["validation"]["healed-4bit"] is None
+    report = (plan.report.folder / "report.md").read_text()
+    assert report.count("healed-4bit") >= 3  # summary, tasks, cache
+    assert_narrow(capsys.readouterr().out, "healed-8bit  ", "healed-4bit  ")
+    outputs = {
+        model: [json.loads(line)["output"] for line in (plan.evaluate.folder / model / "passkey.jsonl").open()]
+        for model in ("healed", "healed-8bit")
+    }
+    assert all(outputs["healed-8bit"])
+
+
+def test_bits_that_a_latent_cannot_take_are_refused_before_scoring(run):
+    folder = Path(run.config.output_dir).parent
+    with pytest.raises(ValueError, match="2, 3, 4 or 8 bits"):
+        compose_config(folder, "eval.cache_bits=[5]")
+    config = compose_config(folder, "eval.cache_bits=[2]")
+    with pytest.raises(ValueError, match="6 channels of 2 bits do not fill bytes"):
+        run_evaluate(config)
