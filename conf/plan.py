@@ -5,7 +5,7 @@ outputs/<model>/data-<name>/         sampled shards, shared by every point
 outputs/<model>/<point>/convert/     converted checkpoint
 outputs/<model>/<point>/finetune/    healed checkpoint
 outputs/<model>/<point>/evaluate/    scores of converted and healed
-outputs/<model>/<point>/report/      report.md, results.json, picture
+outputs/<model>/<point>/report/      report.html, report.md, results.json, pictures
 """
 
 from dataclasses import asdict

@@ -9,14 +9,14 @@ from eval.tables import MISSING, Rows, flat, markdown_table, number, percent, wh
 Results = dict[str, Any]
 
 
-def report_markdown(results: Results, picture: str) -> str:
+def report_markdown(results: Results, picture: str, healing: str | None = None) -> str:
     parts = [
         f"# {results['model']} · {results['point']}",
         headline(results),
         f"![KV-cache reduction against score drop]({picture})",
         "## Summary",
         markdown_table(*summary_rows(results)),
-        text_notes(results),
+        text_notes(results) + " 95 %: paired bootstrap of the drop over the rows of every task.",
         "## Tasks",
         markdown_table(*task_rows(results)),
         task_notes(results),
@@ -25,7 +25,7 @@ def report_markdown(results: Results, picture: str) -> str:
         "Bytes of the tensors behind the cache after generation, on the same prompts for every model, "
         f"in {results['dtype']} on {results['device']}.",
         *conversion_section(results),
-        *healing_section(results),
+        *healing_section(results, healing),
         "## Again",
         f"```\n{results['command']}\n```",
         markdown_table(*stage_rows(results)),
@@ -77,9 +77,9 @@ def healing_tokens(results: Results) -> int | None:
 
 
 def summary_rows(results: Results, share: bool = True) -> tuple[list[str], Rows]:
-    """A row per model; `share` adds the drop in percent, for which a terminal has no room."""
+    """A row per model; `share` adds the drop's interval and percent, for which a terminal has no room."""
     texts = list(results["perplexity"])
-    header = ["model", "B/token", "reduction", "score", "drop", *(["drop %"] if share else [])]
+    header = ["model", "B/token", "reduction", "score", "drop", *(["95 %", "drop %"] if share else [])]
     header += [f"ppl {text[:12]}" for text in texts]
     rows = []
     for model in results["score"]:
@@ -91,11 +91,15 @@ def summary_rows(results: Results, share: bool = True) -> tuple[list[str], Rows]
                 percent(results["kv_cache_reduction"].get(model)),
                 number(results["score"][model]),
                 number(drops.get("points")),
-                *([number(drops.get("percent"))] if share else []),
+                *([bounds(drops.get("interval")), number(drops.get("percent"))] if share else []),
                 *(number(results["perplexity"][text].get(model), 2) for text in texts),
             ]
         )
     return header, rows
+
+
+def bounds(interval: list[float] | None) -> str:
+    return MISSING if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
 
 
 def task_rows(results: Results) -> tuple[list[str], Rows]:
@@ -107,7 +111,7 @@ def task_rows(results: Results) -> tuple[list[str], Rows]:
             task["version"],
             whole(task["rows"]),
             whole(task["truncated"]),
-            *(number(task["score"][model]) for model in models),
+            *(with_error(task["score"][model], task["stderr"][model]) for model in models),
             number(task["drop"]["healed"]["points"]),
         ]
         for name, task in results["tasks"].items()
@@ -117,9 +121,16 @@ def task_rows(results: Results) -> tuple[list[str], Rows]:
     return header, [*rows, [*mean, number(results["score_drop"]["healed"]["points"])]]
 
 
+def with_error(score: float, error: float | None) -> str:
+    return number(score) if error is None else f"{number(score)} ± {number(error)}"
+
+
 def task_notes(results: Results) -> str:
     tasks = results["tasks"]
-    notes = ["Scores from 0 to 100; `drop` is original minus healed in points; `cut`: prompts that lost their middle."]
+    notes = [
+        "Scores from 0 to 100; `drop` is original minus healed in points; `cut`: prompts that lost their middle; ± a "
+        "standard error."
+    ]
     if tasks:
         fewest = min(task["rows"] for task in tasks.values())
         notes.append(f"One answer of the smallest task is {number(100 / fewest)} points of it.")
@@ -169,8 +180,8 @@ def cell(value: Any) -> str:
     return MISSING if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def healing_section(results: Results) -> list[str]:
-    """Validation perplexity over healing, at most a dozen lines of it."""
+def healing_section(results: Results, picture: str | None) -> list[str]:
+    """Validation perplexity over healing: the picture, and at most a dozen lines of it."""
     history = results["healing"] or {}
     rows = [row for row in history.get("validation", []) if isinstance(row, dict)]
     if not rows:
@@ -184,7 +195,8 @@ def healing_section(results: Results) -> list[str]:
     ]
     speed = [row["tokens_per_second"] for row in history.get("train", []) if row.get("tokens_per_second")]
     note = f"Training ran at {whole(sum(speed) / len(speed))} tokens/s." if speed else ""
-    return ["## Healing", markdown_table(columns, cells), note]
+    drawn = [f"![Perplexity over training tokens]({picture})"] if picture else []
+    return ["## Healing", *drawn, markdown_table(columns, cells), note]
 
 
 def stage_rows(results: Results) -> tuple[list[str], Rows]:

@@ -55,6 +55,40 @@ def draw(points: list[Result], file: Path, title: str) -> None:
     temporary.replace(file)
 
 
+def draw_healing(history: dict[str, Any], original: dict[str, float | None], file: Path) -> bool:
+    """Perplexity over training tokens into `file`: the held-out split's, and a text's where it was measured.
+
+    original: the original model's perplexities by text, drawn as dotted lines. False, and no file, without a curve.
+    """
+    rows = [row for row in history.get("validation", []) if "tokens" in row]
+    if len(rows) < 2:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    others = [text for text in original if text != "validation"]
+    curves = {"validation": "perplexity"} | ({others[0]: "text_perplexity"} if others else {})
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=130, layout="constrained")
+    for (text, key), colour in zip(curves.items(), ("#2a6fbb", "#c44e52"), strict=False):
+        places = [(row["tokens"], row[key]) for row in rows if row.get(key)]
+        if places:
+            axes.plot(*zip(*places, strict=True), marker="o", markersize=4, color=colour, label=text)
+        base = original.get(text)
+        if places and base:
+            axes.axhline(base, color=colour, linewidth=0.8, linestyle=":")
+    log_perplexity(axes)
+    axes.set_xlabel("training tokens (dotted: the original model)")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(frameon=False)
+    temporary = file.with_name(file.name + ".tmp")
+    figure.savefig(temporary, format="png")
+    pyplot.close(figure)
+    temporary.replace(file)
+    return True
+
+
 def log_perplexity(axes: Any) -> None:
     """A logarithmic axis of perplexity with readable numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator

@@ -1,4 +1,4 @@
-"""Stage `report`: what a run has won and lost, as JSON, markdown, a picture and a W&B run.
+"""Stage `report`: what a run has won and lost, as JSON, markdown, an HTML page, pictures and a W&B run.
 
     python -m eval.report experiment=laptop
 
@@ -21,11 +21,12 @@ from conf.schema import Config
 from conf.stage import provenance, read_record, write_json
 from conf.tracking import open_run
 from eval.markdown import report_markdown, summary_rows
-from eval.picture import draw
+from eval.page import page
+from eval.picture import draw, draw_healing
 from eval.results import MODELS, compare
 from eval.tables import text_table
 
-PICTURE = "reduction_vs_drop.png"
+PICTURE, HEALING = "reduction_vs_drop.png", "healing.png"
 
 
 def run_report(config: Config, overrides: list[str] | None = None) -> None:
@@ -39,13 +40,17 @@ def run_report(config: Config, overrides: list[str] | None = None) -> None:
     with plan.report.run(force=config.force) as stage:
         write_json(stage.folder / "results.json", results)
         draw([results], stage.folder / PICTURE, f"{results['model']}: {results['point']}")
-        (stage.folder / "report.md").write_text(report_markdown(results, PICTURE), encoding="utf-8")
+        original = {text: values["original"] for text, values in results["perplexity"].items()}
+        healed = draw_healing(results["healing"], original, stage.folder / HEALING)
+        text = report_markdown(results, PICTURE, HEALING if healed else None)
+        (stage.folder / "report.md").write_text(text, encoding="utf-8")
+        (stage.folder / "report.html").write_text(page(text, stage.folder), encoding="utf-8")
         stage.metrics |= scalars(results)
         with open_run(config, stage, results["config"]) as run:
             if run:
                 send(run, results, stage.folder / PICTURE)
     print(text_table(*summary_rows(results, share=False)))
-    print(f"\nreport: {plan.report.folder / 'report.md'}", flush=True)
+    print(f"\nreport: {plan.report.folder / 'report.html'}", flush=True)
 
 
 def collect(plan: Plan, overrides: list[str] | None) -> dict[str, Any]:

@@ -6,6 +6,8 @@ Scores are points from 0 to 100. A score that is missing stays missing (None) in
 from collections.abc import Iterable
 from typing import Any
 
+from eval.uncertainty import drop_interval, standard_error
+
 MODELS = ("original", "converted", "healed")
 Scores = dict[str, Any]  # what eval/score.py returns for one model
 
@@ -53,6 +55,14 @@ def drop(original: float | None, score: float | None) -> dict[str, float | None]
     return {"points": original - score, "percent": 100 * (original - score) / original if original else None}
 
 
+def drop_bounds(original: Scores, other: Scores, names: list[str]) -> list[float] | None:
+    """Interval of the mean drop over these tasks; None for scores of a version that kept no rows."""
+    rows = [[scores["tasks"][name].get("row_scores") for name in names] for scores in (original, other)]
+    if any(scores is None for model in rows for scores in model):
+        return None
+    return drop_interval(*rows)
+
+
 def reduction(original: dict[str, Any], other: dict[str, Any]) -> float | None:
     """1 - measured bytes a token of `other` over the original's; ValueError if their dtypes differ."""
     if original["dtype"] != other["dtype"]:
@@ -75,7 +85,11 @@ def compare(models: dict[str, Scores]) -> dict[str, Any]:
     return {
         "kv_cache_reduction": {model: reduction(caches["original"], caches[model]) for model in others},
         "score": scores,
-        "score_drop": {model: drop(scores["original"], scores[model]) for model in others},
+        "score_drop": {
+            model: drop(scores["original"], scores[model])
+            | {"interval": drop_bounds(models["original"], models[model], names)}
+            for model in others
+        },
         "perplexity": {
             text: {model: found["perplexity"].get(text, {}).get("value") for model, found in models.items()}
             for text in texts
@@ -89,6 +103,9 @@ def compare(models: dict[str, Scores]) -> dict[str, Any]:
                 "version": models["original"]["tasks"][name]["version"],
                 "inputs": models["original"]["tasks"][name]["inputs"],
                 "score": {model: found["tasks"][name]["score"] for model, found in models.items()},
+                "stderr": {
+                    model: standard_error(found["tasks"][name].get("row_scores", [])) for model, found in models.items()
+                },
                 "drop": {
                     model: drop(models["original"]["tasks"][name]["score"], models[model]["tasks"][name]["score"])
                     for model in others

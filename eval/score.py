@@ -141,6 +141,7 @@ def score_task(
     return {
         "score": score,
         "rows": len(kept),
+        "row_scores": [row["score"] for row in kept],
         "truncated": sum(row["truncated"] for row in kept),
         "version": task.version,
         "inputs": each.digest,

@@ -4,7 +4,7 @@
     python -m eval.sweep RUN_FOLDER RUN_FOLDER --output DIR  any runs that have a report
 
 `train.pipeline --multirun` calls it when the last point has ended. Points that failed stand in the table's
-notes with their error. Writes `sweep.json`, `sweep.md` and `reduction_vs_drop.png`.
+notes with their error. Writes `sweep.json`, `sweep.md`, `sweep.html` and `reduction_vs_drop.png`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from conf.schema import Config, typed_config
 from conf.stage import Stage, provenance, write_json
 from conf.tracking import open_run
+from eval.page import page
 from eval.picture import draw
 from eval.report import PICTURE, scalars
 from eval.results import MODELS
@@ -51,7 +52,9 @@ def sweep_report(points: list[Path], folder: Path, failed: dict[str, str], run: 
         draw(results, folder / PICTURE, sweep_title(results))
         if run:
             send(run, results, folder / PICTURE, failed)
-    (folder / "sweep.md").write_text(sweep_markdown(results, failed), encoding="utf-8")
+    text = sweep_markdown(results, failed)
+    (folder / "sweep.md").write_text(text, encoding="utf-8")
+    (folder / "sweep.html").write_text(page(text, folder), encoding="utf-8")
     return sweep
 
 
@@ -172,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(text_table(header[:1] + header[2:], [row[:1] + row[2:] for row in rows]))  # no room for the bytes
     for name, reason in sweep["failed"].items():
         print(f"failed: {name}: {reason}")
-    print(f"\nsweep: {folder / 'sweep.md'}", flush=True)
+    print(f"\nsweep: {folder / 'sweep.html'}", flush=True)
     return 0 if results else 1
 
 

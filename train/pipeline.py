@@ -45,7 +45,7 @@ def run_point(config: Config, overrides: list[str]) -> None:
             continue
         started.add(module)
         run_stage(stage, config, module, overrides)
-    report = plan.report.folder / "report.md"
+    report = plan.report.folder / "report.html"
     print(f"\nresult:  {plan.finetune.folder}\nreport:  {report}", flush=True)
 
 

@@ -1,5 +1,6 @@
 """The stages `evaluate` and `report` and the sweep's report, on tiny models from end to end."""
 
+import base64
 import json
 import re
 import shutil
@@ -89,6 +90,18 @@ def test_the_report_has_the_measured_reduction_the_drop_and_the_sentence(run):
     assert results["config"]["eval"]["limit"] == 2 and results["provenance"]["versions"]["torch"]
     assert (run.report.folder / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert not list(run.report.folder.glob("*.tmp"))
+
+
+def test_the_page_stands_alone(run):
+    """Pictures are inside; tables are tables, the details' too; nothing is fetched from elsewhere."""
+    text = (run.report.folder / "report.html").read_text()
+    report = (run.report.folder / "report.md").read_text()
+    assert text.startswith("<!doctype html>") and f"<title>{report.splitlines()[0][2:]}" in text
+    assert text.count("data:image/png;base64,") == report.count("![") == 2
+    pictures = re.findall(r"base64,([A-Za-z0-9+/=]+)", text)
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    assert text.count("<table>") == len(re.findall(r"^\|-", report, re.MULTILINE)) >= 6
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
 
 
 def test_the_offline_wandb_run_holds_reduction_drop_and_table(run):
