@@ -360,7 +360,8 @@ class BenchConfig:
     context: int = 4096  # cached tokens
     steps: int = 8  # decoded tokens a round
     rounds: int = 5  # all variants take turns, so that a busy machine slows them alike
-    static_cache: bool = True
+    static_cache: bool = True  # of all but the coded ones, which grow
+    cache_bits: list[int] = field(default_factory=lambda: [4])  # absorbed with the latent in so many bits too
     dtype: Dtype = Dtype.native
     train_steps: int = 2  # timed training steps a round, after one that warms up
     train_rounds: int = 2  # the losses take turns, each round of each in a process of its own

@@ -26,18 +26,21 @@ from conf.precision import torch_dtype
 from conf.schema import BenchConfig, Config, Device
 from conf.stage import provenance
 from conf.timing import seconds_of
-from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert
+from eval.generate import ROPE_BITS
+from mha2mla import ConversionOptions, QuantizedLatentCache, cache_bytes, collect_statistics, convert
 from mha2mla.families import attention_layers
 from mha2mla.modeling.attention_mla import MLAAttention
 
-VARIANTS = ("original", "expanded", "absorbed")
 
-
-def filled_cache(model: Any, bench: BenchConfig) -> Any:
-    """A cache of `bench.context` random tokens, in the shapes that the model itself caches."""
+def filled_cache(model: Any, bench: BenchConfig, bits: int | None = None) -> Any:
+    """A cache of `bench.context` random tokens, in the shapes that the model itself caches; with `bits` in codes."""
     limit = bench.context + bench.steps * (bench.rounds + 1)
-    static = bench.static_cache
-    cache = StaticCache(config=model.config, max_cache_len=limit) if static else DynamicCache(config=model.config)
+    if bits is not None:
+        cache: Any = QuantizedLatentCache(model.config, bits, ROPE_BITS)
+    elif bench.static_cache:
+        cache = StaticCache(config=model.config, max_cache_len=limit)
+    else:
+        cache = DynamicCache(config=model.config)
     config, parameter = model.config, next(model.parameters())
     for layer, attention in enumerate(attention_layers(model)):
         if isinstance(attention, MLAAttention):
@@ -78,21 +81,24 @@ def measure(config: Config) -> dict[str, Any]:
     converted, report = convert(original, ConversionOptions.from_config(config.mla), calibration)
     models = {"original": original, "expanded": converted, "absorbed": converted}
     caches = {name: filled_cache(model, bench) for name, model in models.items()}
+    for bits in bench.cache_bits:
+        name = f"absorbed, {bits} bits"
+        models[name], caches[name] = converted, filled_cache(converted, bench, bits)
     held = {name: cache_bytes(cache) for name, cache in caches.items()}
 
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     chosen_by_shape = MLAAttention.absorbs
     for turn in trange(bench.rounds + 1, desc="bench", unit="round", disable=None):
         for name, model in models.items():
             if name != "original":
-                MLAAttention.absorbs = lambda self, queries, name=name: name == "absorbed"  # type: ignore[method-assign]
+                MLAAttention.absorbs = lambda self, queries, name=name: name != "expanded"  # type: ignore[method-assign]
             took = decode(model, caches[name], bench)
             if turn:  # the first turn warms up
                 seconds[name].append(took / bench.steps)
     MLAAttention.absorbs = chosen_by_shape  # type: ignore[method-assign]
 
     rows = {}
-    for name in VARIANTS:
+    for name in models:
         step = statistics.median(seconds[name])
         rows[name] = {
             "seconds_per_step": step,

@@ -39,7 +39,7 @@ def draw(points: list[Result], file: Path, title: str) -> None:
     left.set_ylabel("score drop (points, lower is better)")
     scored = "none was run" if score is None else f"mean of {len(points[0]['tasks'])}, original {score:.1f}"
     left.set_title(f"generation tasks ({scored})", fontsize=10)
-    left.legend(frameon=False, loc="upper left")
+    left.legend(frameon=False, loc="best")
 
     text = next(iter(points[0]["perplexity"]))
     original = points[0]["perplexity"][text]["original"]

@@ -50,6 +50,41 @@ def encode(values: torch.Tensor, span: Range, bits: int) -> torch.Tensor:
     return pack(codes, bits)
 
 
+def signed(packed: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Codes as numbers around zero, c - 2^(bits - 1), so that products with them stay as small as they can be."""
+    codes = unpack(packed, bits)
+    return codes.sub_(2 ** (bits - 1)).view(torch.int8).to(dtype)  # bytes wrap round: 0 - 8 is -8 as int8
+
+
+def dot(rows: torch.Tensor, packed: torch.Tensor, span: Range, bits: int) -> torch.Tensor:
+    """Products [B, Q, S] of rows [B, Q, n] with coded tokens [B, 1, S, n], which are never decoded.
+
+    Ranges of channels move into the rows; those of tokens and groups multiply each group's products.
+    """
+    codes, middle = signed(packed, bits, rows.dtype)[:, 0], (span.low.float() + span.scale.float() * 2 ** (bits - 1))
+    scale = span.scale.to(rows.dtype)
+    if scale.dim() == 1:
+        return (rows * scale) @ codes.mT + (rows @ middle.to(rows.dtype))[..., None]
+    groups = scale.shape[-1]
+    grouped = codes.unflatten(-1, (groups, -1)).permute(0, 2, 3, 1)  # [B, m, g, S]
+    own = rows.unflatten(-1, (groups, -1)).transpose(1, 2)  # [B, m, Q, g]
+    found = (own @ grouped).mul_(scale[:, 0].transpose(1, 2)[:, :, None]).sum(1)
+    return found + own.sum(-1).transpose(1, 2) @ middle[:, 0].to(rows.dtype).mT
+
+
+def mix(weights: torch.Tensor, packed: torch.Tensor, span: Range, bits: int) -> torch.Tensor:
+    """Sums [B, Q, n] of coded tokens [B, 1, S, n] with weights [B, Q, S]."""
+    codes, middle = signed(packed, bits, weights.dtype)[:, 0], (span.low.float() + span.scale.float() * 2 ** (bits - 1))
+    scale = span.scale.to(weights.dtype)
+    if scale.dim() == 1:
+        return (weights @ codes) * scale + weights.sum(-1, keepdim=True) * middle.to(weights.dtype)
+    groups = scale.shape[-1]
+    scaled = weights[:, None] * scale[:, 0].transpose(1, 2)[:, :, None]  # [B, m, Q, S]
+    found = scaled @ codes.unflatten(-1, (groups, -1)).transpose(1, 2)  # [B, m, Q, g]
+    found = found + (weights @ middle[:, 0].to(weights.dtype)).transpose(1, 2)[..., None]
+    return found.transpose(1, 2).flatten(2)
+
+
 def decode(packed: torch.Tensor, span: Range, bits: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
     """Values [..., n] of packed codes."""
     low, scale = spread(span, channels)

@@ -94,12 +94,54 @@ class Store:
         codes = self.rows["codes"].view()
         if self.bits is None:
             return codes
-        span = self.fixed or Range(self.rows["low"].view(), self.rows["scale"].view())
-        return quantization.decode(codes, span, self.bits, self.channels, dtype)
+        return quantization.decode(codes, self.span(), self.bits, self.channels, dtype)
+
+    def span(self) -> Range:
+        return self.fixed or Range(self.rows["low"].view(), self.rows["scale"].view())
+
+    def dot(self, rows: torch.Tensor) -> torch.Tensor:
+        codes = self.rows["codes"].view()
+        if self.bits is None:
+            return rows @ codes[:, 0].mT
+        return quantization.dot(rows, codes, self.span(), self.bits)
+
+    def mix(self, weights: torch.Tensor) -> torch.Tensor:
+        codes = self.rows["codes"].view()
+        if self.bits is None:
+            return weights @ codes[:, 0]
+        return quantization.mix(weights, codes, self.span(), self.bits)
 
     def crop(self, length: int) -> None:
         for rows in self.rows.values():
             rows.length = min(rows.length, length)
+
+
+class States:
+    """One slot's tokens [B, 1, S, n] in parts, whole or coded, and what absorbed attention does with them.
+
+    Products are taken with the codes themselves: decoding every token at every step would take longer than attending.
+    """
+
+    def __init__(self, first: torch.Tensor, store: Store, latest: torch.Tensor) -> None:
+        self.first, self.store, self.latest = first, store, latest
+        self.lengths = [first.shape[2], store.length, latest.shape[2]]
+        self.shape = (*first.shape[:2], sum(self.lengths), first.shape[3])
+
+    def dense(self) -> torch.Tensor:
+        """All tokens as numbers, [B, 1, S, n]."""
+        coded = [self.store.read(self.first.dtype)] if self.store.length else []
+        return torch.cat([self.first, *coded, self.latest], 2)
+
+    def dot(self, rows: torch.Tensor) -> torch.Tensor:
+        """[B, Q, S] from rows [B, Q, n]."""
+        coded = [self.store.dot(rows)] if self.store.length else []
+        return torch.cat([rows @ self.first[:, 0].mT, *coded, rows @ self.latest[:, 0].mT], 2)
+
+    def mix(self, weights: torch.Tensor) -> torch.Tensor:
+        """[B, Q, n] from weights [B, Q, S]."""
+        first, coded, latest = weights.split(self.lengths, 2)
+        found = first @ self.first[:, 0] + latest @ self.latest[:, 0]
+        return found + self.store.mix(coded) if self.store.length else found
 
 
 class QuantizedLatentLayer(DynamicLayer):
@@ -118,10 +160,8 @@ class QuantizedLatentLayer(DynamicLayer):
         self.recent = list(self.sinks)
         self.is_initialized = True
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append latent and rotated key; returns both whole, decoded where they are coded."""
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append latent and rotated key; returns both as `States`, which MLAAttention knows."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         room = self.sink_length - self.sinks[0].shape[2] if self.stores[0].length == 0 else 0
@@ -137,14 +177,10 @@ class QuantizedLatentLayer(DynamicLayer):
                 store.append(states[:, :, :excess])
             latest = [states[:, :, excess:].clone() for states in latest]  # not a view: it would keep the whole alive
         self.recent = latest
-        latent, rope = (self.whole(slot) for slot in (0, 1))
-        return latent, rope
+        return self.states(0), self.states(1)
 
-    def whole(self, slot: int) -> torch.Tensor:
-        parts = [self.sinks[slot], self.recent[slot]]
-        if self.stores[slot].length:
-            parts.insert(1, self.stores[slot].read(self.dtype))
-        return torch.cat(parts, 2)
+    def states(self, slot: int) -> States:
+        return States(self.sinks[slot], self.stores[slot], self.recent[slot])
 
     def get_seq_length(self) -> int:
         if not self.is_initialized:

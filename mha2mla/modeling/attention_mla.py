@@ -10,7 +10,8 @@ Which of the two runs follows from the number of queries: `absorbs` compares the
 
 Shapes: B batch, S new tokens, T cached tokens, H query heads, G key/value heads, N rotated keys (1 or G),
 r kv_lora_rank, P qk_rope_head_dim, R = N * P, K qk_nope_head_dim, V v_head_dim.
-The cache holds two slots: the latent [B, 1, T, r] and the rotated key [B, 1, T, R] (after rotation).
+The cache holds two slots: the latent [B, 1, T, r] and the rotated key [B, 1, T, R] (after rotation). One that keeps
+them in few bits hands out what can be attended to without decoding it (mha2mla/quantized_cache.py).
 """
 
 from typing import Any
@@ -88,7 +89,7 @@ class MLAAttention(nn.Module):
         if past_key_values is not None and self.absorbs(length) and is_score_mask(attention_mask):
             output, weights = self.attend_latent(q_nope, q_rot, latent, k_rot, attention_mask)
         else:
-            keys, values = self.expand_kv(latent, k_rot)
+            keys, values = self.expand_kv(*(state if is_whole(state) else state.dense() for state in (latent, k_rot)))
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             if self.sliding_window is not None:
                 kwargs["sliding_window"] = self.sliding_window
@@ -139,8 +140,8 @@ class MLAAttention(nn.Module):
         self,
         q_nope: torch.Tensor,
         q_rot: torch.Tensor,
-        latent: torch.Tensor,
-        k_rot: torch.Tensor,
+        latent: Any,
+        k_rot: Any,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Absorbed attention of q_nope [B, H, S, K] and q_rot [B, H, S, P]; output [B, S, H, V], weights [B, H, S, T].
@@ -157,8 +158,12 @@ class MLAAttention(nn.Module):
         q_rows = self.rope_rows(q_rot).reshape(batch, heads * length, self.rope_dim)
         # Scaled before the products: queries are few, scores are many.
         q_latent, q_rows = q_latent * self.scaling, q_rows * self.scaling
-        scores = torch.bmm(q_rows, k_rot[:, 0].transpose(1, 2))
-        scores = torch.baddbmm(scores, q_latent, latent[:, 0].transpose(1, 2)).view(batch, heads, length, -1)
+        if is_whole(latent):
+            scores = torch.bmm(q_rows, k_rot[:, 0].transpose(1, 2))
+            scores = torch.baddbmm(scores, q_latent, latent[:, 0].transpose(1, 2))
+        else:
+            scores = k_rot.dot(q_rows) + latent.dot(q_latent)
+        scores = scores.view(batch, heads, length, -1)
         if mask is None and length > 1:
             # transformers leaves the mask out of a prompt without a prefix: query i sees keys 0..i.
             mask = torch.ones(length, scores.shape[-1], dtype=torch.bool, device=scores.device).tril()
@@ -170,7 +175,8 @@ class MLAAttention(nn.Module):
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
         dropped = nn.functional.dropout(weights, self.attention_dropout, self.training)
 
-        mixed = dropped.view(batch, heads * length, -1) @ latent[:, 0]
+        rows = dropped.view(batch, heads * length, -1)
+        mixed = rows @ latent[:, 0] if is_whole(latent) else latent.mix(rows)
         mixed = mixed.view(batch, groups, -1, self.kv_lora_rank)
         output = torch.einsum("bgqr,gvr->bgqv", mixed, w_value).reshape(batch, heads, length, self.v_head_dim)
         return output.transpose(1, 2), weights
@@ -189,6 +195,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotary embedding of x [B, S, heads, 2 * pairs] whose halves are the pairs' components; cos, sin [.., pairs]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def is_whole(states: Any) -> bool:
+    """Whether cached states are a tensor. A quantised cache hands out objects with `dense`, `dot` and `mix` instead."""
+    return isinstance(states, torch.Tensor)
 
 
 def is_score_mask(mask: Any) -> bool:

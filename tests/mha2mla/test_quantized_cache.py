@@ -75,6 +75,40 @@ def test_logits_are_those_of_rounding_on_reading(model: torch.nn.Module, bits: i
     assert relative(got, through(model, Rounding(bits, rope_bits, 8, across_tokens=True), ids)) > 1e-3
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("bits", quantization.BITS)
+def test_a_step_attends_to_codes_without_decoding_them(
+    model: torch.nn.Module, bits: int, calibrated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokens(2, 30)
+    ranges = calibrate_ranges(model, [ids], bits, 8) if calibrated else None
+    cache = QuantizedLatentCache(model.config, bits, 8, group_size=8, ranges=ranges, **KEPT)
+    with torch.no_grad():
+        model(ids[:, :29], past_key_values=cache)
+        with monkeypatch.context() as context:
+            context.setattr("mha2mla.quantized_cache.Store.read", None)
+            got = model(ids[:, 29:], past_key_values=cache).logits
+        decoded = DynamicCache()
+        for index, layer in enumerate(cache.layers):
+            decoded.update(*(layer.states(slot).dense()[:, :, :29] for slot in (0, 1)), index)
+        expected = model(ids[:, 29:], past_key_values=decoded).logits
+    assert relative(got, expected) < 1e-5
+
+
+def test_products_with_codes_are_those_with_what_they_stand_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values, rows = torch.randn(2, 1, 11, 16, generator=generator), torch.randn(2, 6, 16, generator=generator)
+    weights = torch.rand(2, 6, 11, generator=generator)
+    for bits in quantization.BITS:
+        for span in (quantization.measure(values, bits, 8), quantization.fit_channels(values.flatten(0, 2), bits)):
+            packed = quantization.encode(values, span, bits)
+            decoded = quantization.decode(packed, span, bits, 16, torch.float32)[:, 0]
+            assert relative(quantization.dot(rows, packed, span, bits), rows @ decoded.mT) < 1e-5
+            assert relative(quantization.mix(weights, packed, span, bits), weights @ decoded) < 1e-5
+            wrong = quantization.Range(span.low + 1, span.scale)
+            assert relative(quantization.mix(weights, packed, wrong, bits), weights @ decoded) > 1e-2
+
+
 def test_fewer_bits_lose_more(model: torch.nn.Module) -> None:
     ids = tokens(2, 30)
     exact = through(model, DynamicCache(), ids)
@@ -176,11 +210,11 @@ def test_a_crop_leaves_what_was_before(model: torch.nn.Module, removed: int) -> 
     ids = tokens(2, 28)
     cache = QuantizedLatentCache(model.config, 4, 8, group_size=8, **KEPT)
     through(model, cache, ids)
-    before = [cache.layers[0].whole(slot) for slot in (0, 1)]
+    before = [cache.layers[0].states(slot).dense() for slot in (0, 1)]
     cache.crop(-removed)
     assert cache.get_seq_length() == 28 - removed
     for slot in (0, 1):
-        assert torch.equal(cache.layers[0].whole(slot), before[slot][:, :, : 28 - removed])
+        assert torch.equal(cache.layers[0].states(slot).dense(), before[slot][:, :, : 28 - removed])
     through(model, cache, tokens(2, 20, seed=3))
     assert cache.get_seq_length() == 28 - removed + 20
     with pytest.raises(ValueError, match="negative"):
@@ -190,12 +224,12 @@ def test_a_crop_leaves_what_was_before(model: torch.nn.Module, removed: int) -> 
 def test_beams_and_repeated_batches_take_their_rows_along(model: torch.nn.Module) -> None:
     cache = QuantizedLatentCache(model.config, 4, 8, group_size=8, **KEPT)
     through(model, cache, tokens(3, 24))
-    before = [cache.layers[1].whole(slot) for slot in (0, 1)]
+    before = [cache.layers[1].states(slot).dense() for slot in (0, 1)]
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 3]))
     for slot in (0, 1):
-        assert torch.equal(cache.layers[1].whole(slot), before[slot][[2, 0]])
+        assert torch.equal(cache.layers[1].states(slot).dense(), before[slot][[2, 0]])
     cache.reset()
     assert cache.get_seq_length() == 0 and cache_bytes(cache) == 0
 
