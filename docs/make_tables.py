@@ -129,6 +129,7 @@ def healing(name: str = "healing") -> str:
         [
             row["name"],
             f"{-100 * row['reduction']:.2f} %",
+            row["loss"],
             row["trainable"],
             f"{row['learning_rate']:g}",
             f"{row['global_batch_size']} x {row['sequence_length']:,}",
@@ -139,9 +140,9 @@ def healing(name: str = "healing") -> str:
         ]
         for row in found["runs"]
     ]
-    head = ["", "cache", "trained", "rate", "tokens a step", "tokens", "converted", "healed", "fewer tokens"]
+    head = ["", "cache", "loss", "trained", "rate", "tokens a step", "tokens", "converted", "healed", "fewer tokens"]
     note = (
-        "SmolLM2-135M-Instruct, cross-entropy, WikiText-2 as above. Fewer tokens: how many times as many the published "
+        "SmolLM2-135M-Instruct, WikiText-2 as above. Fewer tokens: how many times as many the published "
         "method took to the same perplexity, where that saves most, calibration text counted on both sides (>=: it "
         f"never came so far); {where(found['provenance'])}. `docs/results/{name}.json`"
     )
@@ -150,6 +151,28 @@ def healing(name: str = "healing") -> str:
 
 def healing_long() -> str:
     return healing("healing_long")
+
+
+def healing_losses() -> str:
+    """What is trained, by what loss."""
+    found = load("healing_losses")
+    rows = [
+        [
+            row["loss"],
+            row["trainable"],
+            f"{row['learning_rate']:g}",
+            *(number(text) for _, text, _ in row["curve"]),
+        ]
+        for row in found["runs"]
+    ]
+    first = found["runs"][0]
+    head = ["loss", "trained", "rate", *(f"{tokens:,}" for tokens, _, _ in first["curve"])]
+    note = (
+        f"Perplexity of WikiText-2 by training tokens at {-100 * first['reduction']:.2f} %, "
+        f"{first['global_batch_size']} x {first['sequence_length']} tokens a step; "
+        f"{where(found['provenance'])}. `docs/results/healing_losses.json`"
+    )
+    return table(head, rows) + "\n\n" + note
 
 
 def benchmarks() -> str:
@@ -167,6 +190,14 @@ def benchmarks() -> str:
         f"questions: {questions}; {found['dtype']}; {where(found['provenance'])}. `docs/results/benchmarks.json`"
     )
     return table(["", *names], rows) + "\n\n" + note
+
+
+def ingredients() -> str:
+    """What each ingredient of `best` is worth."""
+    study = load("ingredients")
+    rows = [[words(row["name"]), number(row["perplexity"])] for row in study["rows"][1:]]
+    head = [f"{-100 * study['rows'][1]['reduction']:g} %", "perplexity"]
+    return table(head, rows) + "\n\n" + study_note(study, "ingredients")
 
 
 def positions() -> str:
@@ -220,6 +251,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "default_run": default_run,
     "methods": methods,
     "healing": healing,
+    "healing_losses": healing_losses,
     "healing_long": healing_long,
     "benchmarks": benchmarks,
     "positions": positions,

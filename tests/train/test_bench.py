@@ -35,6 +35,9 @@ def test_every_loss_against_cross_entropy(config, tmp_path, monkeypatch, capsys)
     rows = result["losses"]
     assert [rows[name]["memory_against_ce"] for name in rows] == [1.0, 1.5, 2.5]
     for row in rows.values():
+        assert row["tokens_per_second"] == 32 / row["seconds_per_step"]
+        wanted = result["flops_per_step"] / row["seconds_per_step"] / result["matrix_flops_per_second"]
+        assert row["mfu"] == pytest.approx(wanted) and 0 < row["mfu"] < 1
         assert row["time_against_ce"] == row["seconds_per_step"] / rows["ce"]["seconds_per_step"] > 0
     lines = capsys.readouterr().out.splitlines()
     assert any("1.50x" in line for line in lines) and max(map(len, lines[:-1])) <= 80
