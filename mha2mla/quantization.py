@@ -56,33 +56,42 @@ def signed(packed: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     return codes.sub_(2 ** (bits - 1)).view(torch.int8).to(dtype)  # bytes wrap round: 0 - 8 is -8 as int8
 
 
-def dot(rows: torch.Tensor, packed: torch.Tensor, span: Range, bits: int) -> torch.Tensor:
-    """Products [B, Q, S] of rows [B, Q, n] with coded tokens [B, 1, S, n], which are never decoded.
+class Coded:
+    """Coded tokens [B, 1, S, n] as they are attended to: never decoded, their codes unpacked once for all products.
 
-    Ranges of channels move into the rows; those of tokens and groups multiply each group's products.
+    Ranges of channels move into the other factor. Those of tokens and groups multiply each group's products: rows are
+    laid out once a group with zeros elsewhere, so that one matrix product serves all groups.
     """
-    codes, middle = signed(packed, bits, rows.dtype)[:, 0], (span.low.float() + span.scale.float() * 2 ** (bits - 1))
-    scale = span.scale.to(rows.dtype)
-    if scale.dim() == 1:
-        return (rows * scale) @ codes.mT + (rows @ middle.to(rows.dtype))[..., None]
-    groups = scale.shape[-1]
-    grouped = codes.unflatten(-1, (groups, -1)).permute(0, 2, 3, 1)  # [B, m, g, S]
-    own = rows.unflatten(-1, (groups, -1)).transpose(1, 2)  # [B, m, Q, g]
-    found = (own @ grouped).mul_(scale[:, 0].transpose(1, 2)[:, :, None]).sum(1)
-    return found + own.sum(-1).transpose(1, 2) @ middle[:, 0].to(rows.dtype).mT
 
+    def __init__(self, packed: torch.Tensor, span: Range, bits: int, dtype: torch.dtype) -> None:
+        self.codes = signed(packed, bits, dtype)[:, 0]  # [B, S, n]
+        middle = span.low.float() + span.scale.float() * 2 ** (bits - 1)
+        self.of_channels = span.low.dim() == 1
+        if self.of_channels:
+            self.scale, self.middle = span.scale.to(dtype), middle.to(dtype)
+        else:  # [B, m, S], laid out anew: products run along the tokens
+            self.scale, self.middle = (each[:, 0].mT.to(dtype).contiguous() for each in (span.scale, middle))
 
-def mix(weights: torch.Tensor, packed: torch.Tensor, span: Range, bits: int) -> torch.Tensor:
-    """Sums [B, Q, n] of coded tokens [B, 1, S, n] with weights [B, Q, S]."""
-    codes, middle = signed(packed, bits, weights.dtype)[:, 0], (span.low.float() + span.scale.float() * 2 ** (bits - 1))
-    scale = span.scale.to(weights.dtype)
-    if scale.dim() == 1:
-        return (weights @ codes) * scale + weights.sum(-1, keepdim=True) * middle.to(weights.dtype)
-    groups = scale.shape[-1]
-    scaled = weights[:, None] * scale[:, 0].transpose(1, 2)[:, :, None]  # [B, m, Q, S]
-    found = scaled @ codes.unflatten(-1, (groups, -1)).transpose(1, 2)  # [B, m, Q, g]
-    found = found + (weights @ middle[:, 0].to(weights.dtype)).transpose(1, 2)[..., None]
-    return found.transpose(1, 2).flatten(2)
+    def dot(self, rows: torch.Tensor) -> torch.Tensor:
+        """Products [B, Q, S] with rows [B, Q, n]."""
+        if self.of_channels:
+            return (rows * self.scale) @ self.codes.mT + (rows @ self.middle)[..., None]
+        groups = self.scale.shape[1]
+        own = rows.unflatten(-1, (groups, -1)).transpose(1, 2)  # [B, m, Q, g]
+        alone = torch.eye(groups, dtype=rows.dtype, device=rows.device)
+        blocks = (own[:, :, :, None] * alone[:, None, :, None]).flatten(3).flatten(1, 2)  # [B, m * Q, n]
+        found = (blocks @ self.codes.mT).unflatten(1, (groups, -1)) * self.scale[:, :, None]
+        return found.sum(1) + own.sum(-1).mT @ self.middle
+
+    def mix(self, weights: torch.Tensor) -> torch.Tensor:
+        """Sums [B, Q, n] of the tokens with weights [B, Q, S]."""
+        if self.of_channels:
+            return (weights @ self.codes) * self.scale + weights.sum(-1, keepdim=True) * self.middle
+        groups = self.scale.shape[1]
+        scaled = (weights[:, None] * self.scale[:, :, None]).flatten(1, 2)  # [B, m * Q, S]
+        found = (scaled @ self.codes).unflatten(1, (groups, -1)).unflatten(-1, (groups, -1))  # [B, m, Q, m, g]
+        own = found.diagonal(dim1=1, dim2=3).permute(0, 1, 3, 2)  # [B, Q, m, g]
+        return (own + (weights @ self.middle.mT)[..., None]).flatten(2)
 
 
 def decode(packed: torch.Tensor, span: Range, bits: int, channels: int, dtype: torch.dtype) -> torch.Tensor:

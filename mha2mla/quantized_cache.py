@@ -14,6 +14,7 @@ Shapes: B batch, S tokens, r kv_lora_rank, R rotated numbers. Latent [B, 1, S, r
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mha2mla import quantization
 from mha2mla.families import attention_layers
-from mha2mla.quantization import Range
+from mha2mla.quantization import Coded, Range
 
 STEP = 256  # tokens that a buffer grows by: a decoded token writes itself and copies nothing
 
@@ -62,6 +63,19 @@ class Rows:
             self.buffer = change(self.buffer)
 
 
+class Whole:
+    """Tokens [B, S, n] as they are, with the products that `Coded` has."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+
+    def dot(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows @ self.tokens.mT
+
+    def mix(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights @ self.tokens
+
+
 class Store:
     """Tokens of one slot in codes, or as they are with bits=None."""
 
@@ -99,17 +113,10 @@ class Store:
     def span(self) -> Range:
         return self.fixed or Range(self.rows["low"].view(), self.rows["scale"].view())
 
-    def dot(self, rows: torch.Tensor) -> torch.Tensor:
+    def products(self, dtype: torch.dtype) -> Coded | Whole:
+        """What takes products with all tokens, without decoding them."""
         codes = self.rows["codes"].view()
-        if self.bits is None:
-            return rows @ codes[:, 0].mT
-        return quantization.dot(rows, codes, self.span(), self.bits)
-
-    def mix(self, weights: torch.Tensor) -> torch.Tensor:
-        codes = self.rows["codes"].view()
-        if self.bits is None:
-            return weights @ codes[:, 0]
-        return quantization.mix(weights, codes, self.span(), self.bits)
+        return Whole(codes[:, 0]) if self.bits is None else Coded(codes, self.span(), self.bits, dtype)
 
     def crop(self, length: int) -> None:
         for rows in self.rows.values():
@@ -132,16 +139,20 @@ class States:
         coded = [self.store.read(self.first.dtype)] if self.store.length else []
         return torch.cat([self.first, *coded, self.latest], 2)
 
+    @cached_property
+    def parts(self) -> list[Coded | Whole]:
+        coded = [self.store.products(self.first.dtype)] if self.store.length else []
+        return [Whole(self.first[:, 0]), *coded, Whole(self.latest[:, 0])]
+
     def dot(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, Q, S] from rows [B, Q, n]."""
-        coded = [self.store.dot(rows)] if self.store.length else []
-        return torch.cat([rows @ self.first[:, 0].mT, *coded, rows @ self.latest[:, 0].mT], 2)
+        return torch.cat([part.dot(rows) for part in self.parts], 2)
 
     def mix(self, weights: torch.Tensor) -> torch.Tensor:
         """[B, Q, n] from weights [B, Q, S]."""
-        first, coded, latest = weights.split(self.lengths, 2)
-        found = first @ self.first[:, 0] + latest @ self.latest[:, 0]
-        return found + self.store.mix(coded) if self.store.length else found
+        first, coded, latest = self.lengths
+        shares = weights.split([first, coded, latest] if coded else [first, latest], 2)
+        return torch.stack([part.mix(share) for part, share in zip(self.parts, shares, strict=True)]).sum(0)
 
 
 class QuantizedLatentLayer(DynamicLayer):

@@ -15,7 +15,7 @@ from mha2mla import (
     rotate_latents,
 )
 from mha2mla.families import attention_layers
-from mha2mla.quantization import Range
+from mha2mla.quantization import Coded, Range
 from tests.tiny import preset, relative, tiny_model, tokens
 
 RANK, ROPE, LAYERS = 16, 8, 2
@@ -103,10 +103,11 @@ def test_products_with_codes_are_those_with_what_they_stand_for() -> None:
         for span in (quantization.measure(values, bits, 8), quantization.fit_channels(values.flatten(0, 2), bits)):
             packed = quantization.encode(values, span, bits)
             decoded = quantization.decode(packed, span, bits, 16, torch.float32)[:, 0]
-            assert relative(quantization.dot(rows, packed, span, bits), rows @ decoded.mT) < 1e-5
-            assert relative(quantization.mix(weights, packed, span, bits), weights @ decoded) < 1e-5
-            wrong = quantization.Range(span.low + 1, span.scale)
-            assert relative(quantization.mix(weights, packed, wrong, bits), weights @ decoded) > 1e-2
+            coded = Coded(packed, span, bits, torch.float32)
+            assert relative(coded.dot(rows), rows @ decoded.mT) < 1e-5
+            assert relative(coded.mix(weights), weights @ decoded) < 1e-5
+            wrong = Coded(packed, Range(span.low + 1, span.scale), bits, torch.float32)
+            assert relative(wrong.mix(weights), weights @ decoded) > 1e-2
 
 
 def test_fewer_bits_lose_more(model: torch.nn.Module) -> None:
