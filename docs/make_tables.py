@@ -250,6 +250,7 @@ def bench() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "default_run": default_run,
     "methods": methods,
+    "ingredients": ingredients,
     "healing": healing,
     "healing_losses": healing_losses,
     "healing_long": healing_long,

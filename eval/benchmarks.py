@@ -29,6 +29,7 @@ from conf.models import PACKAGE
 from conf.precision import torch_dtype
 from conf.schema import Dtype
 from conf.stage import provenance, write_json
+from eval.arguments import named_checkpoints
 
 # Our name, then lm-eval's tasks with the place of their questions in a local folder and the measure that counts.
 SINGLE = {
@@ -150,10 +151,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--output", type=Path, required=True, help="path of the JSON, without suffix")
     options = parser.parse_args()
-    models = {name: Path(folder) for name, _, folder in (word.partition("=") for word in options.models)}
-    wrong = [str(folder) for folder in models.values() if not (folder / "config.json").exists()]
-    if wrong:
-        parser.exit(1, f"error: no checkpoint in {', '.join(wrong)}; give NAME=FOLDER\n")
+    try:
+        models = named_checkpoints(options.models)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch_dtype(Dtype.native, device == "cpu")
     names = ["MMLU", *SINGLE, "average"]

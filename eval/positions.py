@@ -23,6 +23,7 @@ from conf.precision import native_autocast
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
+from eval.arguments import named_checkpoints
 from eval.perplexity import HEAD_TOKENS
 
 SHORTEST = 256  # tokens of the first range
@@ -117,12 +118,9 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--output", type=Path, required=True, help="path of the JSON and the picture, without suffix")
     options = parser.parse_args()
-    models = {name: Path(folder) for name, _, folder in (word.partition("=") for word in options.models)}
-    wrong = [str(folder) for folder in models.values() if not (folder / "config.json").exists()]
-    if wrong:
-        parser.exit(1, f"error: no checkpoint in {', '.join(wrong)}; give NAME=FOLDER\n")
-    tokenizer = AutoTokenizer.from_pretrained(next(iter(models.values())))
     try:
+        models = named_checkpoints(options.models)
+        tokenizer = AutoTokenizer.from_pretrained(next(iter(models.values())))
         documents = long_documents(options.files, tokenizer, options.length, options.documents)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
