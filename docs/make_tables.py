@@ -116,10 +116,15 @@ def methods() -> str:
     cells: dict[str, list[str]] = {"original": [number(original["perplexity"]), *[""] * len(cuts)]}
     for row in rows:
         cells.setdefault(row["name"], [""]).append(number(row["perplexity"]))
+    more = load("steps")
+    longer = {row["reduction"]: number(row["perplexity"]) for row in more["rows"][1:]}
+    cells[more["rows"][1]["name"]] = ["", *(longer.get(cut, "") for cut in cuts)]
     head = ["", "whole cache", *(f"{-100 * cut:g} %" for cut in cuts)]
-    return (
-        table(head, [[words(name), *values] for name, values in cells.items()]) + "\n\n" + study_note(study, "methods")
+    note = (
+        study_note(study, "methods")
+        + f" The last row: commit {more['provenance']['commit']}, `docs/results/steps.json`"
     )
+    return table(head, [[words(name), *values] for name, values in cells.items()]) + "\n\n" + note
 
 
 def healing(name: str = "healing") -> str:
