@@ -205,6 +205,25 @@ def ingredients() -> str:
     return table(head, rows) + "\n\n" + study_note(study, "ingredients")
 
 
+def cache_bits() -> str:
+    """Perplexity of decoding through caches in few bits."""
+    found = load("cache_bits")
+    whole, *coded = found["rows"]
+    rows = [["16", "16", "", "", f"{whole['bytes_per_token']:,.0f}", f"{-100 * whole['reduction']:.2f} %", ""]]
+    for row in coded:
+        cells = [str(row["bits"]), str(row["rope_bits"]), "by channel" if row["calibrated"] else "by token"]
+        cells += ["yes" if row["rotated"] else "", f"{row['bytes_per_token']:,.0f}", f"{-100 * row['reduction']:.2f} %"]
+        rows.append([*cells, f"{100 * (row['against_whole'] - 1):+.1f} %"])
+    head = ["latent bits", "rotated key", "ranges", "turned", "bytes a token", "cache", "perplexity"]
+    note = (
+        f"{found['text']['tokens']:,} tokens of WikiText-2's test text, whole cache {number(whole['perplexity'])}; "
+        f"{coded[0]['tokens_kept_whole']} tokens a sequence stay whole, not in the bytes; ranges by channel from "
+        f"{found['calibration_tokens']:,} tokens of other text; {where(found['provenance'])}. "
+        "`docs/results/cache_bits.json`"
+    )
+    return table(head, rows) + "\n\n" + note
+
+
 def positions() -> str:
     """Perplexity by position in long documents, as ratios to the original."""
     found = load("positions")
@@ -260,6 +279,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "healing_losses": healing_losses,
     "healing_long": healing_long,
     "benchmarks": benchmarks,
+    "cache_bits": cache_bits,
     "positions": positions,
     "training_free": training_free,
     "bench": bench,
