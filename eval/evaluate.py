@@ -20,7 +20,7 @@ from conf.schema import Config, Device
 from conf.stage import Stage, write_json
 from eval.generate import ROPE_BITS
 from eval.inputs import Inputs, prepare
-from eval.results import mean_score
+from eval.results import CODED, mean_score
 from eval.score import score_model
 from mha2mla import QuantizedLatentCache
 
@@ -57,7 +57,7 @@ def score_stage(
 ) -> None:
     """Score each of `models` (name → path), and the last of them with its cache in few bits; seal the stage."""
     variants = [(name, path, None) for name, path in models.items()]
-    variants += [(f"{name}-{bits}bit", path, bits) for name, path, _ in variants[-1:] for bits in cache_bits]
+    variants += [(CODED.format(name, bits), path, bits) for name, path, _ in variants[-1:] for bits in cache_bits]
     size = config.eval.batch_size
     with stage.run(resumable=True, force=config.force):
         scores = {

@@ -49,10 +49,7 @@ def draw(points: list[Result], file: Path, title: str) -> None:
     log_perplexity(right)
     right.set_title(f"text: {text}", fontsize=10)
 
-    temporary = file.with_name(file.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    pyplot.close(figure)
-    temporary.replace(file)
+    save(figure, file)
 
 
 def draw_healing(history: dict[str, Any], original: dict[str, float | None], file: Path) -> bool:
@@ -82,11 +79,18 @@ def draw_healing(history: dict[str, Any], original: dict[str, float | None], fil
     axes.set_xlabel("training tokens (dotted: the original model)")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.legend(frameon=False)
+    save(figure, file)
+    return True
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write and close a figure; the file appears only when it is whole."""
+    from matplotlib import pyplot
+
     temporary = file.with_name(file.name + ".tmp")
     figure.savefig(temporary, format="png")
     pyplot.close(figure)
     temporary.replace(file)
-    return True
 
 
 def log_perplexity(axes: Any) -> None:

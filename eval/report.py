@@ -23,7 +23,7 @@ from conf.tracking import open_run
 from eval.markdown import report_markdown, summary_rows
 from eval.page import page
 from eval.picture import draw, draw_healing
-from eval.results import MODELS, compare
+from eval.results import CODED, MODELS, compare
 from eval.tables import text_table
 
 PICTURE, HEALING = "reduction_vs_drop.png", "healing.png"
@@ -57,7 +57,7 @@ def collect(plan: Plan, overrides: list[str] | None) -> dict[str, Any]:
     """Everything that is known of one run, from the files of its stages."""
     config = plan.config
     scores = read(plan.original.folder / "scores.json") | read(plan.evaluate.folder / "scores.json")
-    coded = [f"{MODELS[-1]}-{bits}bit" for bits in config.eval.cache_bits]
+    coded = [CODED.format(MODELS[-1], bits) for bits in config.eval.cache_bits]
     results = compare({model: scores[model] for model in [*MODELS, *coded]})
     return {
         "model": config.model.name,

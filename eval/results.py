@@ -9,6 +9,7 @@ from typing import Any
 from eval.uncertainty import drop_interval, standard_error
 
 MODELS = ("original", "converted", "healed")
+CODED = "{}-{}bit"  # name of a model whose latent cache is kept in so many bits
 Scores = dict[str, Any]  # what eval/score.py returns for one model
 
 

@@ -46,8 +46,12 @@ def measure(values: torch.Tensor, bits: int, group: int) -> Range:
 def encode(values: torch.Tensor, span: Range, bits: int) -> torch.Tensor:
     """Packed codes, uint8 [..., n * bits / 8], of values [..., n]; what lies outside the range is clipped to it."""
     low, scale = spread(span, values.shape[-1])
-    codes = ((values.float() - low) / scale).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-    return pack(codes, bits)
+    return pack(nearest(values.float(), low, scale, bits).to(torch.uint8), bits)
+
+
+def nearest(values: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes nearest to values, as float32."""
+    return ((values - low) / scale).round_().clamp_(0, 2**bits - 1)
 
 
 def signed(packed: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
@@ -151,7 +155,7 @@ def fit_channels(samples: torch.Tensor, bits: int, shrinks: int = 12) -> Range:
     for step in range(shrinks):
         reach = half * (1 - 0.9 * step / shrinks)
         span = Range(middle - reach, 2 * reach / (2**bits - 1))
-        codes = ((samples - span.low) / span.scale).round_().clamp_(0, 2**bits - 1)
+        codes = nearest(samples, span.low, span.scale, bits)
         error = (span.low + span.scale * codes - samples).square().mean(0)
         better = error < best
         best = torch.where(better, error, best)
