@@ -54,54 +54,49 @@ def nearest(values: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, bits: 
     return ((values - low) / scale).round_().clamp_(0, 2**bits - 1)
 
 
-def signed(packed: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """Codes as numbers around zero, c - 2^(bits - 1), so that products with them stay as small as they can be."""
-    codes = unpack(packed, bits)
-    return codes.sub_(2 ** (bits - 1)).view(torch.int8).to(dtype)  # bytes wrap round: 0 - 8 is -8 as int8
-
-
 class Coded:
-    """Coded tokens [B, 1, S, n] as they are attended to: never decoded, their codes unpacked once for all products.
+    """Coded tokens [B, 1, S, n] as they are attended to: unpacked once for all products, without their middle.
 
-    Ranges of channels move into the other factor. Those of tokens and groups multiply each group's products: rows are
-    laid out once a group with zeros elsewhere, so that one matrix product serves all groups.
+    A number is `middle + scale * (c - 2^(bits - 1))`. Ranges of channels move into the other factor; those of tokens
+    and groups multiply the codes, and the middles are products of their own, as few as there are groups.
     """
 
     def __init__(self, packed: torch.Tensor, span: Range, bits: int, dtype: torch.dtype) -> None:
-        self.codes = signed(packed, bits, dtype)[:, 0]  # [B, S, n]
-        middle = span.low.float() + span.scale.float() * 2 ** (bits - 1)
-        self.of_channels = span.low.dim() == 1
-        if self.of_channels:
-            self.scale, self.middle = span.scale.to(dtype), middle.to(dtype)
-        else:  # [B, m, S], laid out anew: products run along the tokens
-            self.scale, self.middle = (each[:, 0].mT.to(dtype).contiguous() for each in (span.scale, middle))
+        self.codes = unpack(packed, bits, dtype)[:, 0]  # [B, S, n]
+        middle = middle_of(span, bits).to(dtype)
+        self.scale: torch.Tensor | None = None
+        if span.low.dim() == 1:
+            self.scale, self.middle = span.scale.to(dtype), middle
+        else:
+            groups = span.scale.shape[-1]
+            self.codes.unflatten(-1, (groups, -1)).mul_(span.scale[:, 0, :, :, None].to(dtype))
+            self.middle = middle[:, 0].mT  # [B, m, S]
 
     def dot(self, rows: torch.Tensor) -> torch.Tensor:
         """Products [B, Q, S] with rows [B, Q, n]."""
-        if self.of_channels:
-            return (rows * self.scale) @ self.codes.mT + (rows @ self.middle)[..., None]
-        groups = self.scale.shape[1]
-        own = rows.unflatten(-1, (groups, -1)).transpose(1, 2)  # [B, m, Q, g]
-        alone = torch.eye(groups, dtype=rows.dtype, device=rows.device)
-        blocks = (own[:, :, :, None] * alone[:, None, :, None]).flatten(3).flatten(1, 2)  # [B, m * Q, n]
-        found = (blocks @ self.codes.mT).unflatten(1, (groups, -1)) * self.scale[:, :, None]
-        return found.sum(1) + own.sum(-1).mT @ self.middle
+        if self.scale is not None:
+            return ((rows * self.scale) @ self.codes.mT).add_((rows @ self.middle)[..., None])
+        sums = rows.unflatten(-1, (self.middle.shape[1], -1)).sum(-1)
+        return (rows @ self.codes.mT).add_(sums @ self.middle)
 
     def mix(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums [B, Q, n] of the tokens with weights [B, Q, S]."""
-        if self.of_channels:
+        if self.scale is not None:
             return (weights @ self.codes) * self.scale + weights.sum(-1, keepdim=True) * self.middle
-        groups = self.scale.shape[1]
-        scaled = (weights[:, None] * self.scale[:, :, None]).flatten(1, 2)  # [B, m * Q, S]
-        found = (scaled @ self.codes).unflatten(1, (groups, -1)).unflatten(-1, (groups, -1))  # [B, m, Q, m, g]
-        own = found.diagonal(dim1=1, dim2=3).permute(0, 1, 3, 2)  # [B, Q, m, g]
-        return (own + (weights @ self.middle.mT)[..., None]).flatten(2)
+        groups = self.middle.shape[1]
+        return weights @ self.codes + (weights @ self.middle.mT).repeat_interleave(self.codes.shape[2] // groups, -1)
 
 
-def decode(packed: torch.Tensor, span: Range, bits: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
+def decode(packed: torch.Tensor, span: Range, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """Values [..., n] of packed codes."""
-    low, scale = spread(span, channels)
-    return torch.addcmul(low.to(dtype), unpack(packed, bits).to(dtype), scale.to(dtype))
+    codes = unpack(packed, bits, dtype)
+    middle, scale = spread(Range(middle_of(span, bits), span.scale), codes.shape[-1])
+    return torch.addcmul(middle.to(dtype), codes, scale.to(dtype))
+
+
+def middle_of(span: Range, bits: int) -> torch.Tensor:
+    """What the code 2^(bits - 1) stands for."""
+    return span.low.float() + span.scale.float() * 2 ** (bits - 1)
 
 
 def spread(span: Range, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,9 +111,11 @@ def spread(span: Range, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [..., n] below 2^bits into bytes [..., n * bits / 8], part after part.
 
-    A byte holds codes that lie far apart, the first, the middle, …, so that unpacking writes whole runs.
+    A byte holds codes that lie far apart, the first, the middle, …, so that unpacking writes whole runs. Their highest
+    bit is turned over, which makes them signed numbers around zero: shifts alone unpack those.
     """
     planes, above = [], bits
+    codes = codes ^ (1 << (bits - 1))
     for part in PARTS[bits]:
         above -= part
         runs = ((codes >> above) & (2**part - 1)).unflatten(-1, (8 // part, -1))
@@ -129,16 +126,22 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat(planes, -1)
 
 
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of `pack`."""
+def unpack(packed: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Codes as numbers around zero, c - 2^(bits - 1), [..., n]: products with them stay as small as they can be."""
     channels = packed.shape[-1] * 8 // bits
-    codes: torch.Tensor | None = None
-    for part, plane in zip(PARTS[bits], packed.split([channels * part // 8 for part in PARTS[bits]], -1), strict=True):
-        mask = 2**part - 1
-        found = torch.cat([(plane >> (place * part)) & mask for place in range(8 // part)], -1)
-        codes = found if codes is None else (codes << part) | found
-    assert codes is not None
-    return codes
+    found = packed.new_empty(*packed.shape[:-1], channels, dtype=dtype)
+    planes = packed.split([channels * part // 8 for part in PARTS[bits]], -1)
+    for index, (part, plane) in enumerate(zip(PARTS[bits], planes, strict=True)):
+        runs = found.unflatten(-1, (8 // part, -1))
+        for place in range(8 // part):
+            if index == 0:  # the highest part has the sign: shifted up to the byte's end, and down with it
+                up, down = 8 - part * (place + 1), 8 - part
+                run = plane.view(torch.int8)
+                run = run << up if up else run
+                runs[..., place, :] = run >> down if down else run
+            else:
+                runs[..., place, :].mul_(2**part).add_((plane >> (place * part)) & (2**part - 1))
+    return found
 
 
 def fit_channels(samples: torch.Tensor, bits: int, shrinks: int = 12) -> Range:

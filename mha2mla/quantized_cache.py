@@ -93,7 +93,6 @@ class Store:
         if self.bits is None:
             self.rows["codes"].append(values)
             return
-        self.channels = values.shape[-1]
         span = self.fixed
         if span is None:
             assert self.group is not None
@@ -108,7 +107,7 @@ class Store:
         codes = self.rows["codes"].view()
         if self.bits is None:
             return codes
-        return quantization.decode(codes, self.span(), self.bits, self.channels, dtype)
+        return quantization.decode(codes, self.span(), self.bits, dtype)
 
     def span(self) -> Range:
         return self.fixed or Range(self.rows["low"].view(), self.rows["scale"].view())
@@ -131,8 +130,8 @@ class States:
 
     def __init__(self, first: torch.Tensor, store: Store, latest: torch.Tensor) -> None:
         self.first, self.store, self.latest = first, store, latest
-        self.lengths = [first.shape[2], store.length, latest.shape[2]]
-        self.shape = (*first.shape[:2], sum(self.lengths), first.shape[3])
+        self.sinks = first.shape[2]
+        self.shape = (*first.shape[:2], self.sinks + store.length + latest.shape[2], first.shape[3])
 
     def dense(self) -> torch.Tensor:
         """All tokens as numbers, [B, 1, S, n]."""
@@ -140,19 +139,27 @@ class States:
         return torch.cat([self.first, *coded, self.latest], 2)
 
     @cached_property
-    def parts(self) -> list[Coded | Whole]:
-        coded = [self.store.products(self.first.dtype)] if self.store.length else []
-        return [Whole(self.first[:, 0]), *coded, Whole(self.latest[:, 0])]
+    def whole(self) -> torch.Tensor:
+        """First and latest tokens side by side, [B, F + L, n]."""
+        return torch.cat((self.first, self.latest), 2)[:, 0]
+
+    @cached_property
+    def coded(self) -> Coded | Whole:
+        return self.store.products(self.first.dtype)
 
     def dot(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, Q, S] from rows [B, Q, n]."""
-        return torch.cat([part.dot(rows) for part in self.parts], 2)
+        whole = rows @ self.whole.mT
+        if not self.store.length:
+            return whole
+        return torch.cat((whole[:, :, : self.sinks], self.coded.dot(rows), whole[:, :, self.sinks :]), 2)
 
     def mix(self, weights: torch.Tensor) -> torch.Tensor:
         """[B, Q, n] from weights [B, Q, S]."""
-        first, coded, latest = self.lengths
-        shares = weights.split([first, coded, latest] if coded else [first, latest], 2)
-        return torch.stack([part.mix(share) for part, share in zip(self.parts, shares, strict=True)]).sum(0)
+        if not self.store.length:
+            return weights @ self.whole
+        first, coded, latest = weights.split([self.sinks, self.store.length, self.latest.shape[2]], 2)
+        return torch.cat((first, latest), 2) @ self.whole + self.coded.mix(coded)
 
 
 class QuantizedLatentLayer(DynamicLayer):

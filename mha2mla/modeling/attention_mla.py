@@ -168,11 +168,9 @@ class MLAAttention(nn.Module):
             # transformers leaves the mask out of a prompt without a prefix: query i sees keys 0..i.
             mask = torch.ones(length, scores.shape[-1], dtype=torch.bool, device=scores.device).tril()
         if mask is not None:
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-            else:
-                scores = scores + mask
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
+            # In place: scores are as long as the cache, and passes over them are what a step has to spare.
+            scores += score_bias(mask, scores.dtype)
+        weights = scores.softmax(dim=-1)  # summed in float32 whatever the dtype
         dropped = nn.functional.dropout(weights, self.attention_dropout, self.training)
 
         rows = dropped.view(batch, heads * length, -1)
@@ -200,6 +198,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def is_whole(states: Any) -> bool:
     """Whether cached states are a tensor. A quantised cache hands out objects with `dense`, `dot` and `mix` instead."""
     return isinstance(states, torch.Tensor)
+
+
+def score_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as numbers to add to scores; a boolean one is True where a query sees a key."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def is_score_mask(mask: Any) -> bool:
