@@ -93,12 +93,13 @@ class Plan:
         return [self.convert, self.sample, self.finetune, self.original, self.evaluate, self.report]
 
 
-def write_result(config: Config, name: str, result: dict[str, Any]) -> None:
-    """A measurement that belongs to no point: `outputs/<model>/<name>.json`."""
+def write_result(config: Config, name: str, result: dict[str, Any]) -> Path:
+    """A measurement that belongs to no point: `outputs/<model>/<name>.json`, which is returned."""
     path = Path(config.output_dir) / str(config.model.name) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     print(f"written to {path}")
+    return path
 
 
 def without(settings: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -356,12 +356,15 @@ class BenchConfig:
     Times are compared within one run only.
     """
 
-    batch_size: int = 4
-    context: int = 4096  # cached tokens
+    contexts: list[int] = field(default_factory=lambda: [4096])  # cached tokens; a grid with batch_sizes
+    batch_sizes: list[int] = field(default_factory=lambda: [4])
+    prefill: bool = True  # fill caches from prompts, timed; else with random states
     steps: int = 8  # decoded tokens a round
     rounds: int = 5  # all variants take turns, so that a busy machine slows them alike
     static_cache: bool = True  # of all but the coded ones, which grow
     cache_bits: list[int] = field(default_factory=lambda: [4])  # absorbed with the latent in so many bits too
+    compile: bool = False  # GPU: original and absorbed under torch.compile too
+    largest_batch: bool = False  # GPU: how many sequences fit at every context
     dtype: Dtype = Dtype.native
     train_steps: int = 2  # timed training steps a round, after one that warms up
     train_rounds: int = 2  # the losses take turns, each round of each in a process of its own

@@ -1,13 +1,18 @@
-"""Decode speed and measured cache of the converted model against its original, as ratios of one run.
+"""Decode speed, memory and measured cache of the converted model against its original, as ratios of one run.
 
-    python -m eval.bench bench.context=4096 bench.batch_size=4
+    python -m eval.bench 'bench.contexts=[2048,8192]' 'bench.batch_sizes=[1,8]'
 
-Three variants step through the same number of cached tokens: the original attention, latent attention that expands
-its cache at every step, and latent attention that attends the latent itself. The cache is filled with random
-states, since a step takes as long whatever they are. Writes `outputs/<model>/bench.json`.
+At every context and batch, all variants hold as many cached tokens and take turns at decoding, so that a busy machine
+slows them alike: the original attention, latent attention that expands its cache at every step, latent attention that
+attends the latent itself, and that with its latent in few bits, with ranges by token or calibrated by channel. Writes
+`outputs/<model>/bench.json` and `bench.png`.
+
+Memory is weights, cache and what a prompt or a step takes beside them. `bandwidth_share` is what weights and cache
+alone, read once a step, are of the bytes that a plain copy moves in that time.
 """
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import hydra
@@ -16,8 +21,8 @@ import transformers
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from tqdm import trange
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 from conf.errors import stage_main
 from conf.models import local_model
@@ -26,121 +31,177 @@ from conf.precision import torch_dtype
 from conf.schema import BenchConfig, Config, Device
 from conf.stage import provenance
 from conf.timing import seconds_of
+from eval.bench_picture import draw_bench
+from eval.decoding import Decoding, NewCache, Variant, compiled, copy_bandwidth, free, largest_batch, own_cache
 from eval.generate import ROPE_BITS
-from mha2mla import ConversionOptions, QuantizedLatentCache, cache_bytes, collect_statistics, convert
-from mha2mla.families import attention_layers
-from mha2mla.modeling.attention_mla import MLAAttention
+from mha2mla import (
+    ConversionOptions,
+    QuantizedLatentCache,
+    calibrate_ranges,
+    collect_statistics,
+    convert,
+)
 
-
-def filled_cache(model: Any, bench: BenchConfig, bits: int | None = None) -> Any:
-    """A cache of `bench.context` random tokens, in the shapes that the model itself caches; with `bits` in codes."""
-    limit = bench.context + bench.steps * (bench.rounds + 1)
-    if bits is not None:
-        cache: Any = QuantizedLatentCache(model.config, bits, ROPE_BITS)
-    elif bench.static_cache:
-        cache = StaticCache(config=model.config, max_cache_len=limit)
-    else:
-        cache = DynamicCache(config=model.config)
-    config, parameter = model.config, next(model.parameters())
-    for layer, attention in enumerate(attention_layers(model)):
-        if isinstance(attention, MLAAttention):
-            shapes = [(1, attention.kv_lora_rank), (1, attention.rope_dim)]
-        else:
-            shapes = [(config.num_key_value_heads, config.head_dim)] * 2
-        states = [
-            torch.randn(bench.batch_size, heads, bench.context, size, device=parameter.device).to(parameter.dtype)
-            for heads, size in shapes
-        ]
-        cache.update(*states, layer)
-    return cache
-
-
-@torch.inference_mode()
-def decode(model: Any, cache: Any, bench: BenchConfig) -> float:
-    """Seconds for `bench.steps` decoding steps."""
-    device = next(model.parameters()).device
-    first = torch.ones(bench.batch_size, 1, dtype=torch.long, device=device)
-
-    def steps() -> None:
-        ids = first
-        for _ in range(bench.steps):
-            ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-
-    return seconds_of(steps, device)
+GIB = 2**30
+CUDA_ONLY = ("compile", "largest_batch")
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Seconds a step, tokens/s and cache bytes of every variant, and the ratios to the original."""
+    """The variants at every context and batch of `config.bench`."""
     bench = config.bench
     on_gpu = config.launch.device is not Device.cpu and torch.cuda.is_available()
+    for name in CUDA_ONLY:
+        if getattr(bench, name) and not on_gpu:
+            raise ValueError(f"bench.{name}=true needs a GPU; torch uses none here (launch.device)")
     dtype = torch_dtype(bench.dtype, not on_gpu, stored="auto")
-    original = AutoModelForCausalLM.from_pretrained(local_model(config), dtype=dtype)
-    original = original.to("cuda" if on_gpu else "cpu").eval()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    original = AutoModelForCausalLM.from_pretrained(local_model(config), dtype=dtype).to(device).eval()
     # Any text will do: how fast a step is does not depend on what the weights are.
     calibration = collect_statistics(original, [torch.arange(64)[None]])
-    converted, report = convert(original, ConversionOptions.from_config(config.mla), calibration)
-    models = {"original": original, "expanded": converted, "absorbed": converted}
-    caches = {name: filled_cache(model, bench) for name, model in models.items()}
-    for bits in bench.cache_bits:
-        name = f"absorbed, {bits} bits"
-        models[name], caches[name] = converted, filled_cache(converted, bench, bits)
-    held = {name: cache_bytes(cache) for name, cache in caches.items()}
-
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    chosen_by_shape = MLAAttention.absorbs
-    for turn in trange(bench.rounds + 1, desc="bench", unit="round", disable=None):
-        for name, model in models.items():
-            if name != "original":
-                MLAAttention.absorbs = lambda self, queries, name=name: name != "expanded"  # type: ignore[method-assign]
-            took = decode(model, caches[name], bench)
-            if turn:  # the first turn warms up
-                seconds[name].append(took / bench.steps)
-    MLAAttention.absorbs = chosen_by_shape  # type: ignore[method-assign]
-
-    rows = {}
-    for name in models:
-        step = statistics.median(seconds[name])
-        rows[name] = {
-            "seconds_per_step": step,
-            "tokens_per_second": bench.batch_size / step,
-            "speed_against_original": statistics.median(seconds["original"]) / step,
-            "cache_bytes": held[name],
-            "cache_against_original": held[name] / held["original"],
-        }
-    absorbed_gain = rows["expanded"]["seconds_per_step"] / rows["absorbed"]["seconds_per_step"]
-    return {
-        "bench": plain(bench) | {"dtype": str(original.dtype).removeprefix("torch.")},
+    made: list[Any] = []
+    seconds = seconds_of(
+        lambda: made.extend(convert(original, ConversionOptions.from_config(config.mla), calibration)), device
+    )
+    converted, report = made
+    variants = variants_of(original, converted, bench)
+    bandwidth = copy_bandwidth(device)
+    sizes = [(context, batch) for context in bench.contexts for batch in bench.batch_sizes]
+    with tqdm(total=len(sizes) * (bench.rounds + 1), desc="bench", unit="round", disable=None) as bar:
+        grid = [
+            {"context": context, "batch": batch, "variants": point(variants, bench, context, batch, bandwidth, bar)}
+            for context, batch in sizes
+        ]
+    result = {
+        "bench": plain(bench) | {"dtype": str(original.dtype).removeprefix("torch."), "device": device.type},
         "model": config.model.name,
         "cache_numbers": report.cache_size,
-        "variants": rows,
-        "absorbed_against_expanded": absorbed_gain,
-        "provenance": provenance(),
+        "conversion_seconds": seconds,  # the closed form, without calibration and reconstruction
+        "copy_bytes_per_second": bandwidth,
+        "grid": grid,
     }
+    if bench.largest_batch:
+        result["largest_batch"] = {
+            context: {
+                variant.name: largest_batch(variant, context, limit(bench, context))
+                for variant in variants
+                if not variant.expands and variant.call is variant.model
+            }
+            for context in bench.contexts
+        }
+    return result | {"provenance": provenance()}
+
+
+def variants_of(original: Any, converted: Any, bench: BenchConfig) -> list[Variant]:
+    """All ways to decode that the bench compares, the original first."""
+    caches = {model: own_cache(model, bench.static_cache) for model in (original, converted)}
+    found = [
+        Variant("original", original, caches[original]),
+        Variant("expanded", converted, caches[converted], expands=True),
+        Variant("absorbed", converted, caches[converted]),
+    ]
+    if bench.compile:
+        found += [compiled(variant) for variant in found if not variant.expands]
+    for bits in bench.cache_bits:
+        text = torch.randint(converted.config.vocab_size, (1, 512), device=found[0].device)
+        ranges = calibrate_ranges(converted, [text], bits, ROPE_BITS)
+        found += [
+            Variant(f"{bits} bits", converted, coded(converted, bits)),
+            Variant(f"{bits} bits, calibrated", converted, coded(converted, bits, ranges)),
+        ]
+    return found
+
+
+def coded(model: Any, bits: int, ranges: Any = None) -> NewCache:
+    return lambda limit: QuantizedLatentCache(model.config, bits, ROPE_BITS, ranges=ranges)
+
+
+def limit(bench: BenchConfig, context: int) -> int:
+    """Tokens that a cache must have room for."""
+    return context + bench.steps * (bench.rounds + 1)
+
+
+def point(
+    variants: list[Variant], bench: BenchConfig, context: int, batch: int, bandwidth: float, bar: Any
+) -> dict[str, Any]:
+    """All variants at one context and batch; None for one that does not fit into the GPU's memory."""
+    running: dict[str, Decoding | None] = {}
+    for variant in variants:
+        running[variant.name] = fitting(
+            lambda variant=variant: Decoding(variant, batch, context, limit(bench, context), bench.prefill)  # type: ignore[misc]
+        )
+    for turn in range(bench.rounds + 1):
+        for name, each in running.items():
+            took = fitting(lambda each=each: each.steps(bench.steps)) if each else None  # type: ignore[misc]
+            if each and took is None:
+                running[name] = None
+            elif each and turn:  # the first turn warms up
+                each.seconds.append(took)
+        bar.update()
+    original = running["original"]
+    rows = {name: row(each, original, bandwidth) if each else None for name, each in running.items()}
+    running.clear()
+    del original
+    free(variants[0].device)
+    return rows
+
+
+def fitting(work: Callable[[], Any]) -> Any:
+    """What `work` returns, or None where memory does not last for it."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+
+
+def row(each: Decoding, original: Decoding | None, bandwidth: float) -> dict[str, Any]:
+    step = statistics.median(each.seconds)
+    found = {
+        "first_token_seconds": each.first_token_seconds,
+        "seconds_per_step": step,
+        "tokens_per_second": each.batch / step,
+        "cache_bytes": each.cache_bytes,
+        "prompt_memory_bytes": each.prompt_memory,
+        "step_memory_bytes": each.step_memory,
+        "bandwidth_share": (each.variant.weight_bytes + each.cache_bytes) / step / bandwidth,
+    }
+    if original:
+        found["speed_against_original"] = statistics.median(original.seconds) / step
+        found["cache_against_original"] = each.cache_bytes / original.cache_bytes
+    return found
 
 
 def show(result: dict[str, Any]) -> None:
-    bench = result["bench"]
-    cache = "static" if bench["static_cache"] else "dynamic"
-    setting = f"batch {bench['batch_size']}, {bench['context']:,} cached tokens, {bench['dtype']}, {cache} cache"
-    table = Table(title=f"decode: {setting}")
-    for heading in ("", "tokens/s", "speed", "cache MiB", "cache"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, row in result["variants"].items():
-        table.add_row(
-            name,
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['speed_against_original']:.2f}x",
-            f"{row['cache_bytes'] / 2**20:.1f}",
-            f"{row['cache_against_original']:.4f}x",
-        )
-    Console(width=80).print(table)
+    for place in result["grid"]:
+        setting = f"batch {place['batch']}, {place['context']:,} cached tokens, {result['bench']['dtype']}"
+        table = Table(title=f"decode: {setting}")
+        for heading in ("", "first token", "tokens/s", "speed", "cache MiB", "cache", "GiB"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name, found in place["variants"].items():
+            table.add_row(name, *(cells(found) if found else ["out of memory"]))
+        Console(width=80).print(table)
+    for context, batches in result.get("largest_batch", {}).items():
+        print(f"largest batch at {context:,} tokens: " + ", ".join(f"{name} {size}" for name, size in batches.items()))
+
+
+def cells(found: dict[str, Any]) -> list[str]:
+    first, memory = found["first_token_seconds"], found["prompt_memory_bytes"] or found["step_memory_bytes"]
+    return [
+        "" if first is None else f"{first:.2f} s",
+        f"{found['tokens_per_second']:,.1f}",
+        f"{found['speed_against_original']:.2f}x" if "speed_against_original" in found else "",
+        f"{found['cache_bytes'] / 2**20:,.1f}",
+        f"{found['cache_against_original']:.3f}x" if "cache_against_original" in found else "",
+        "" if memory is None else f"{memory / GIB:.2f}",
+    ]
 
 
 @stage_main
 def run(config: Config) -> None:
     result = measure(config)
     show(result)
-    write_result(config, "bench", result)
+    path = write_result(config, "bench", result)
+    draw_bench(result, path.with_suffix(".png"))
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

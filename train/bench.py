@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -35,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from conf.errors import stage_main
+from conf.memory import held_bytes, peak_bytes
 from conf.plan import plain, write_result
 from conf.schema import Config
 from conf.stage import provenance
@@ -44,7 +44,6 @@ from train.batches import next_tokens
 from train.convert import load_pretrained
 from train.launch import start
 from train.losses import LOSSES, loss_function
-from train.memory import peak_memory_gib
 from train.model import trainable_model
 from train.targets import Batch
 from train.teacher import load_teacher
@@ -118,7 +117,7 @@ def train(config: Config, folder: str, name: str) -> dict[str, Any]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
     model, optimizer = accelerator.prepare(model, optimizer)
-    before = held_gib(accelerator)
+    before = held_bytes(accelerator.device)
     loss_of = loss_function(config.finetune, load_teacher(config, accelerator))
     model.train()
 
@@ -134,7 +133,7 @@ def train(config: Config, folder: str, name: str) -> dict[str, Any]:
     if counter:
         facts["flops_per_step"] = counter.get_total_flops()
     seconds = [seconds_of(step, accelerator.device) for _ in range(config.bench.train_steps)]
-    facts |= {"seconds": seconds, "memory_gib": peak_memory_gib(accelerator.device) - before}
+    facts |= {"seconds": seconds, "memory_gib": (peak_bytes(accelerator.device) - before) / GIB}
     if counter:
         facts["matrix_flops_per_second"] = matrix_rate(accelerator)
     return facts
@@ -156,13 +155,6 @@ def random_batch(config: Config, model: Any, device: torch.device) -> Batch:
     positions = torch.arange(shape[1]).expand(shape)
     batch = {"input_ids": tokens, "position_ids": positions, "labels": next_tokens(tokens, positions)}
     return {name: rows.to(device) for name, rows in batch.items()}
-
-
-def held_gib(accelerator: Accelerator) -> float:
-    """What `peak_memory_gib` counts, now."""
-    if accelerator.device.type == "cuda":
-        return torch.cuda.memory_allocated(accelerator.device) / GIB
-    return psutil.Process().memory_info().rss / GIB
 
 
 def show(result: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from conf.errors import stage_main
+from conf.memory import peak_memory_gib
 from conf.models import local_model
 from conf.plan import Plan
 from conf.precision import native_autocast, torch_dtype
@@ -29,7 +30,6 @@ from mha2mla.compare import compare
 from mha2mla.reconstruct import LayerFit
 from train.checkpoint import appearing_in
 from train.launch import NO_CUDA
-from train.memory import peak_memory_gib
 from train.model import load_model
 
 

@@ -34,6 +34,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from conf.errors import stage_main
+from conf.memory import peak_memory_gib
 from conf.plan import Plan, plain, teacher_fingerprint
 from conf.schema import Config, FinetuneConfig
 from conf.tracking import open_run
@@ -42,7 +43,6 @@ from train.batches import PackedRows, TextRows, TrainingOrder, micro_batch, mix_
 from train.checkpoint import load_checkpoint, save_checkpoint, without_wrappers
 from train.launch import start
 from train.losses import check_loss, cross_entropy, loss_function
-from train.memory import peak_memory_gib
 from train.model import save_model, trainable_model
 from train.progress import Display
 from train.schedule import learning_rate_factor
