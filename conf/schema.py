@@ -55,6 +55,12 @@ class TaskSource(Enum):
     hub = "hub"
 
 
+class ChatTemplate(Enum):
+    auto = "auto"  # where the tokenizer has one
+    on = "on"
+    off = "off"
+
+
 class TrackingMode(Enum):
     auto = "auto"  # online with a key or a server, else offline
     online = "online"
@@ -293,7 +299,7 @@ class EvalConfig:
     limit: int | None = None  # rows per task; default: all there are, 50 of a builtin task
     max_length: int | None = None  # prompt tokens kept by middle truncation; default: the model's window
     batch_size: int = 4
-    chat_template: bool = False  # never on few-shot and code tasks, as in LongBench
+    chat_template: ChatTemplate = ChatTemplate.off  # never on few-shot and code tasks, as in LongBench
     perplexity_tokens: int = 10240  # of the validation split, and of perplexity_text
     perplexity_sequence_length: int = 512
     perplexity_text: str | None = None  # a text file measured too, in consecutive windows without special tokens

@@ -85,6 +85,7 @@ def describe(inputs: Inputs, device: str) -> None:
     print(f"evaluate: {len(inputs.tasks)} tasks, {rows} rows, {tokens} prompt tokens, {cut} prompts cut in the middle")
     for text in inputs.texts:
         print(f"evaluate: perplexity on {text.name}, {text.tokens} tokens")
+    print(f"evaluate: prompts {'in' if inputs.chat else 'without'} the chat template")
     print(f"evaluate: models in {str(inputs.dtype).removeprefix('torch.')} on {device}", flush=True)
 
 

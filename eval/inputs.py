@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from conf.precision import torch_dtype
-from conf.schema import Config
+from conf.schema import ChatTemplate, Config
 from data.windows import text_windows
 from eval.generate import Stops
 from eval.perplexity import packed_windows
@@ -50,6 +50,7 @@ class Inputs:
     tokenizer: Any
     stops: Stops
     dtype: torch.dtype  # of every model compared
+    chat: bool  # whether prompts are wrapped in the tokenizer's chat template
 
 
 def prepare(config: Config, model: str, sampled: Path, device: str) -> Inputs:
@@ -61,7 +62,9 @@ def prepare(config: Config, model: str, sampled: Path, device: str) -> Inputs:
     options, revision = config.eval, config.model.revision
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
     original = AutoConfig.from_pretrained(model, revision=revision)
-    prompter = Prompter(tokenizer, window_of(original), options.max_length, options.chat_template)
+    wraps = options.chat_template is ChatTemplate.on
+    wraps = wraps or (options.chat_template is ChatTemplate.auto and bool(tokenizer.chat_template))
+    prompter = Prompter(tokenizer, window_of(original), options.max_length, wraps)
     texts = [("validation", packed_windows(sampled, options.perplexity_sequence_length, options.perplexity_tokens))]
     if options.perplexity_text:
         file = Path(options.perplexity_text).expanduser()
@@ -79,6 +82,7 @@ def prepare(config: Config, model: str, sampled: Path, device: str) -> Inputs:
         tokenizer=tokenizer,
         stops=stops_of(tokenizer, model, revision),
         dtype=torch_dtype(options.dtype, device == "cpu", stored=original.dtype),
+        chat=wraps,
     )
 
 

@@ -134,6 +134,8 @@ def task_notes(results: Results) -> str:
     if tasks:
         fewest = min(task["rows"] for task in tasks.values())
         notes.append(f"One answer of the smallest task is {number(100 / fewest)} points of it.")
+    if results["chat_template"]:
+        notes.append("Prompts of all but few-shot and code tasks are wrapped in the tokenizer's chat template.")
     if results["not_compared"]:
         notes.append(f"Not scored for every model and left out: {', '.join(results['not_compared'])}.")
     return " ".join(notes)

@@ -28,7 +28,7 @@ class Prompter:
         if max_length is not None and max_length > window:
             raise ValueError(f"eval.max_length={max_length} is larger than the model's window of {window} tokens")
         if chat and not tokenizer.chat_template:
-            raise ValueError("eval.chat_template=true, but the model's tokenizer has no chat template")
+            raise ValueError("eval.chat_template=on, but the model's tokenizer has no chat template; use auto or off")
         self.tokenizer, self.window, self.max_length, self.chat = tokenizer, window, max_length, chat
         self.overhead = len(self._chat_ids("")) if chat else 0
 

@@ -66,6 +66,7 @@ def collect(plan: Plan, overrides: list[str] | None) -> dict[str, Any]:
         **results,
         "dtype": scores["original"]["dtype"],
         "device": scores["original"]["device"],
+        "chat_template": scores["original"].get("chat_template"),
         "conversion": read(plan.convert.folder / "conversion.json"),
         "healing": read(plan.finetune.folder / "history.json"),
         "sampled": (read_record(plan.sample.folder) or {}).get("metrics", {}),

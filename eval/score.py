@@ -67,6 +67,7 @@ def score_model(
         "cache_bits": cache_bits,
         "dtype": str(inputs.dtype).removeprefix("torch."),
         "device": device,
+        "chat_template": inputs.chat,
         "perplexity": {text.name: json.loads(file.read_text()) for text, file in texts},
         "tasks": {each.task.name: json.loads(file.read_text()) for each, file in tasks},
     }

@@ -56,7 +56,7 @@ def test_the_chat_template_wraps_after_the_cut_and_stays_whole():
 
 def test_a_tokenizer_without_a_template_is_refused(monkeypatch):
     monkeypatch.setattr(tokenizer(), "chat_template", None)
-    with pytest.raises(ValueError, match="eval.chat_template=true"):
+    with pytest.raises(ValueError, match="eval.chat_template=on"):
         Prompter(tokenizer(), WINDOW, chat=True)
 
 
