@@ -46,7 +46,7 @@ def own_cache(model: Any, static: bool) -> NewCache:
 
 def compiled(variant: Variant) -> Variant:
     """The same with its steps compiled into CUDA graphs; needs a static cache."""
-    call = torch.compile(variant.model.forward, mode="reduce-overhead", fullgraph=True)
+    call = torch.compile(variant.model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
     return Variant(f"{variant.name}, compiled", variant.model, variant.new_cache, variant.expands, call)
 
 
