@@ -287,6 +287,7 @@ LONGBENCH_TASKS = tuple(
     "multi_news vcsum trec triviaqa samsum lsht passage_count passage_retrieval_en passage_retrieval_zh lcc "
     "repobench-p".split()
 )
+LONGBENCH_V2 = "longbench_v2"  # 503 questions of four choices; only where it is named
 
 
 @dataclass
@@ -294,7 +295,7 @@ class EvalConfig:
     """Scoring of original, converted and healed model on the same inputs."""
 
     source: TaskSource = TaskSource.builtin
-    tasks: list[str] = field(default_factory=list)  # empty: all that the source has
+    tasks: list[str] = field(default_factory=list)  # empty: all that the source has, of LongBench v1's 21
     data_dir: str | None = None  # local: folder of <task>.jsonl
     limit: int | None = None  # rows per task; default: all there are, 50 of a builtin task
     max_length: int | None = None  # prompt tokens kept by middle truncation; default: the model's window
@@ -308,7 +309,7 @@ class EvalConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = BUILTIN_TASKS if self.source is TaskSource.builtin else LONGBENCH_TASKS
+        known = BUILTIN_TASKS if self.source is TaskSource.builtin else (*LONGBENCH_TASKS, LONGBENCH_V2)
         for task in self.tasks:
             near = get_close_matches(task, known, n=3, cutoff=0.4)
             require(

@@ -9,7 +9,8 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from conf.schema import LONGBENCH_TASKS, EvalConfig, TaskSource
+from conf.schema import LONGBENCH_TASKS, LONGBENCH_V2, EvalConfig, TaskSource
+from eval import longbench_v2
 from eval.builtin import DEFAULT_ROWS, builtin_rows
 from eval.tasks import Row, Task, task_table
 
@@ -19,7 +20,7 @@ HUB_REPOSITORY, HUB_FILE = "THUDM/LongBench", "data.zip"
 
 def load_rows(config: EvalConfig, fits: Callable[[Task, str], bool]) -> list[tuple[Task, list[Row]]]:
     """The wanted tasks and their rows, `eval.limit` of each. `fits(task, prompt)` sizes the built-in rows."""
-    table = task_table(config.source)
+    table = task_table(config.source) | {LONGBENCH_V2: longbench_v2.TASK}
     if config.source is TaskSource.builtin:
         wanted = [table[name] for name in config.tasks or table]
         rows = config.limit or DEFAULT_ROWS
@@ -37,13 +38,19 @@ def local_reader(config: EvalConfig) -> Iterable[tuple[str, list[Row]]]:
     folder = Path(str(config.data_dir)).expanduser()
     if not folder.is_dir():
         raise ValueError(f"eval.data_dir={config.data_dir}: no such folder")
-    there = [name for name in LONGBENCH_TASKS if (folder / f"{name}.jsonl").is_file()]
+    files = {name: folder / f"{name}.jsonl" for name in LONGBENCH_TASKS}
+    files[LONGBENCH_V2] = folder / f"{LONGBENCH_V2}.json"
+    there = [name for name, file in files.items() if file.is_file()]
     missing = [name for name in config.tasks if name not in there]
     if missing or not there:
         has = f"it has {', '.join(there)}" if there else "it has no file that is named after a LongBench task"
-        wanted = ", ".join(f"{name}.jsonl" for name in missing) or "<task>.jsonl"
+        wanted = ", ".join(files[name].name for name in missing) or "<task>.jsonl"
         raise ValueError(f"eval.data_dir={folder}: {wanted} not found; {has}")
-    return [(name, read_rows(folder / f"{name}.jsonl")) for name in config.tasks or there]
+    wanted_tasks = config.tasks or [name for name in there if name != LONGBENCH_V2] or there
+    return [
+        (name, longbench_v2.read(file) if (file := files[name]).suffix == ".json" else read_rows(file))
+        for name in wanted_tasks
+    ]
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -74,20 +81,29 @@ def parse_rows(lines: Iterable[str], name: str) -> list[Row]:
 
 
 def hub_reader(tasks: list[str]) -> Iterable[tuple[str, list[Row]]]:
-    """LongBench from the zip file of its repository (its loading script is not supported any more)."""
+    """LongBench from the files of its repositories (its loading script is not supported any more)."""
+    first = [name for name in tasks if name != LONGBENCH_V2]
+    found = [] if tasks and not first else zip_rows(hub_file(HUB_REPOSITORY, HUB_FILE, "<task>.jsonl, unpacked"), first)
+    if LONGBENCH_V2 in tasks:
+        file = hub_file(longbench_v2.HUB_REPOSITORY, longbench_v2.HUB_FILE, f"{LONGBENCH_V2}.json")
+        found.append((LONGBENCH_V2, longbench_v2.read(file)))
+    return found
+
+
+def hub_file(repository: str, name: str, local: str) -> Path:
+    """A file of a data set on the hub; ValueError that says what to put where if it cannot be had."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        file = hf_hub_download(HUB_REPOSITORY, HUB_FILE, repo_type="dataset")
+        return Path(hf_hub_download(repository, name, repo_type="dataset"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"eval.source=hub: {HUB_REPOSITORY} cannot be reached ({type(error).__name__}: {reason}). Where there is "
-            f"a network, get https://huggingface.co/datasets/{HUB_REPOSITORY}/resolve/main/{HUB_FILE}, unpack it, and "
-            "give eval.source=local eval.data_dir=<its folder of <task>.jsonl files>"
+            f"eval.source=hub: {repository} cannot be reached ({type(error).__name__}: {reason}). Where there is "
+            f"a network, get https://huggingface.co/datasets/{repository}/resolve/main/{name}, put it into a folder as "
+            f"{local}, and give eval.source=local eval.data_dir=<that folder>"
         ) from None
-    return zip_rows(Path(file), tasks)
 
 
 def zip_rows(file: Path, tasks: list[str]) -> list[tuple[str, list[Row]]]:

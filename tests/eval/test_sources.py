@@ -81,5 +81,35 @@ def test_rows_come_out_of_longbenchs_zip_file(tmp_path):
 def test_an_unreachable_hub_says_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"data.zip, unpack it, and give eval.source=local eval.data_dir"):
+    with pytest.raises(
+        ValueError, match=r"data.zip, put it into a folder as <task>.jsonl, unpacked, and give eval.source=local"
+    ):
         load_rows(EvalConfig(source=TaskSource.hub), lambda task, text: True)
+
+
+QUESTION = {"_id": "1", "question": " Which? ", "answer": "C", "context": "A long text."}
+QUESTION |= {f"choice_{letter}": f"choice {letter}" for letter in "ABCD"}
+
+
+def test_the_second_longbench_is_one_task_where_it_is_named(tmp_path):
+    (tmp_path / "longbench_v2.json").write_text(json.dumps([QUESTION, QUESTION | {"_id": "2"}]))
+    write(tmp_path, "qasper", [ROW])
+    assert [task.name for task, _ in load(tmp_path)] == ["qasper"]
+    [(task, rows)] = load(tmp_path, tasks=["longbench_v2"])
+    prompt = task.render(rows[0])
+    assert "question: Which?\nChoices:\n(A) choice A\n" in prompt and "<text>\nA long text.\n</text>" in prompt
+    scores = {
+        "The correct answer is (C).": 1.0,
+        "**The correct answer is C**": 1.0,
+        "The correct answer is (B)": 0.0,
+        "C": 0.0,
+        "The correct answer is Choosing": 0.0,
+    }
+    assert {output: task.score(rows[0], output) for output in scores} == scores
+
+
+def test_another_form_of_the_second_longbench_is_named(tmp_path):
+    for content, message in (("{", "not JSON"), ("{}", "holds no rows"), ('[{"_id": 1}]', "row 1 lacks the columns")):
+        (tmp_path / "longbench_v2.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, tasks=["longbench_v2"])
