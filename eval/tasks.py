@@ -7,7 +7,8 @@ built-in tasks are rows of the same form (eval/builtin.py) with the same scorers
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -171,16 +172,25 @@ def longbench_metrics() -> ModuleType:
     ratio that rapidfuzz computes; without, difflib's, up to 31 points away on lines of code.
     """
     import jieba
-    from rapidfuzz import fuzz
 
     jieba.setLogLevel("WARNING")  # or it tells of its dictionary
-    if "fuzzywuzzy" in sys.modules:
+    with rapidfuzz_for_fuzzywuzzy():
         return importlib.import_module("lm_eval.tasks.longbench.metrics")
+
+
+@contextmanager
+def rapidfuzz_for_fuzzywuzzy() -> Iterator[None]:
+    """What is imported meanwhile finds rapidfuzz's ratio under fuzzywuzzy's name."""
+    from rapidfuzz import fuzz
+
     stand_in, functions = ModuleType("fuzzywuzzy"), ModuleType("fuzzywuzzy.fuzz")
     functions.ratio = lambda a, b: round(fuzz.ratio(a, b))  # type: ignore[attr-defined]
     stand_in.fuzz = functions  # type: ignore[attr-defined]
+    before = sys.modules.get("fuzzywuzzy")
     sys.modules["fuzzywuzzy"] = stand_in
     try:
-        return importlib.import_module("lm_eval.tasks.longbench.metrics")
+        yield
     finally:
         del sys.modules["fuzzywuzzy"]
+        if before:
+            sys.modules["fuzzywuzzy"] = before
