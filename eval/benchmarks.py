@@ -15,6 +15,8 @@ imported). Writes OUTPUT.json: score, standard error and number of questions of 
 import argparse
 import math
 import tempfile
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mha2mla  # noqa: F401  registers the classes of converted models
 from conf.models import PACKAGE, package_folder
 from conf.precision import torch_dtype
-from conf.schema import Dtype
-from conf.stage import provenance, write_json
+from conf.schema import BENCHMARKS, Dtype
+from conf.stage import digest, fingerprint, provenance, write_json
 from eval.arguments import named_checkpoints
+from eval.results import average
 
 # Our name, then lm-eval's tasks with the place of their questions in a local folder.
 SINGLE = {
@@ -54,24 +57,57 @@ def local_folder(data: str) -> Path:
     return Path(data)
 
 
-def task_list(data: str | None, scratch: Path) -> tuple[Any, dict[str, list[str]]]:
-    """lm-eval's manager and its tasks by benchmark; ValueError where the folder lacks one.
+class Benchmarks:
+    """lm-eval's tasks of some of the benchmarks, with questions from the hub or from a folder.
 
-    `scratch` takes a file for every task whose questions lie in a folder: the stock one, with the place changed.
+    names: of `BENCHMARKS`. data: as `--data`, or None for the hub. limit: questions a benchmark, or None for all.
+    Raises ValueError where the folder lacks a benchmark.
     """
-    from lm_eval.tasks import TaskManager
 
-    folder = local_folder(data) if data else None
-    stock = TaskManager()
-    tasks = parts_of_benchmarks(stock)
-    if folder is None:
-        return stock, {name: [task for task, _ in parts] for name, parts in tasks.items()}
-    for task, place in (part for parts in tasks.values() for part in parts):
-        settings = {"include": str(stock.task_index[task].yaml_path), "task": f"{task}_local"}
-        settings |= questions(folder, place, task) | ({"metric_list": BOTH} if place.startswith(MMLU) else {})
-        (scratch / f"{task}.yaml").write_text(yaml.safe_dump(settings))
-    manager = TaskManager(include_path=str(scratch), include_defaults=False)
-    return manager, {name: [f"{task}_local" for task, _ in parts] for name, parts in tasks.items()}
+    def __init__(self, names: Sequence[str], data: str | None, limit: int | None) -> None:
+        from lm_eval.tasks import TaskManager
+
+        self.limit = limit
+        stock = TaskManager()
+        parts = {name: each for name, each in parts_of_benchmarks(stock).items() if name in names}
+        folder = local_folder(data) if data else None
+        self.settings: dict[str, Any] = {"limit": limit, "lm_eval": metadata.version("lm_eval")}
+        if folder is None:
+            self.manager = stock
+            self.tasks = {name: [task for task, _ in each] for name, each in parts.items()}
+            return
+        # A file for every task: the stock one, with the place of its questions changed.
+        self.scratch = tempfile.TemporaryDirectory()
+        self.settings["data"] = [
+            fingerprint(folder / place) for each in parts.values() for _, place in each if (folder / place).exists()
+        ]
+        for task, place in (part for each in parts.values() for part in each):
+            settings = {"include": str(stock.task_index[task].yaml_path), "task": f"{task}_local"}
+            settings |= questions(folder, place, task) | ({"metric_list": BOTH} if place.startswith(MMLU) else {})
+            (Path(self.scratch.name) / f"{task}.yaml").write_text(yaml.safe_dump(settings))
+        self.manager = TaskManager(include_path=self.scratch.name, include_defaults=False)
+        self.tasks = {name: [f"{task}_local" for task, _ in each] for name, each in parts.items()}
+
+    def digest(self, name: str) -> str:
+        """Hash of what a score depends on beside the model."""
+        return digest(self.settings | {"tasks": self.tasks[name]})
+
+    def score(self, name: str, model: Any, tokenizer: Any, batch_size: int) -> dict[str, Any]:
+        """Score in percent, standard error, number of questions and measure of one benchmark."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        parts = self.tasks[name]
+        results = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(parts),
+            task_manager=self.manager,
+            num_fewshot=0,
+            limit=None if self.limit is None else max(2, -(-self.limit // len(parts))),  # one has no standard error
+            bootstrap_iters=1,  # means have a formula
+            log_samples=False,
+        )
+        return combined(results, weigh=name == "MMLU")
 
 
 def parts_of_benchmarks(stock: Any) -> dict[str, Any]:
@@ -95,35 +131,6 @@ def questions(folder: Path, place: str, task: str) -> dict[str, Any]:
         "validation_split": "validation",
         "test_split": "test" if "test" in splits else None,
     }
-
-
-def evaluate(
-    model: Any, tokenizer: Any, manager: Any, tasks: dict[str, list[str]], limit: int | None, batch_size: int
-) -> dict[str, Any]:
-    """Score in percent, standard error and number of questions by benchmark, and their `average`."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    found: dict[str, Any] = {}
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    for name, parts in tasks.items():
-        per_task = None if limit is None else max(2, -(-limit // len(parts)))  # one has no standard error
-        results = simple_evaluate(
-            model=harness,
-            tasks=list(parts),
-            task_manager=manager,
-            num_fewshot=0,
-            limit=per_task,
-            bootstrap_iters=1,  # means have a formula
-            log_samples=False,
-        )
-        found[name] = combined(results, weigh=name == "MMLU")
-    scores = list(found.values())
-    found["average"] = {
-        "score": sum(row["score"] for row in scores) / len(scores),
-        "stderr": math.hypot(*(row["stderr"] for row in scores)) / len(scores),
-    }
-    return found
 
 
 def combined(results: dict[str, Any], weigh: bool) -> dict[str, Any]:
@@ -156,19 +163,18 @@ def main() -> None:
         parser.exit(1, f"error: {error}\n")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch_dtype(Dtype.native, device == "cpu")
-    names = ["MMLU", *SINGLE, "average"]
+    try:
+        benchmarks = Benchmarks(BENCHMARKS, options.data, options.limit)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+    print(f"{'':<18}" + "".join(f"{name:>12}" for name in (*benchmarks.tasks, "average")))
     rows = {}
-    print(f"{'':<18}" + "".join(f"{name:>12}" for name in names))
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            manager, tasks = task_list(options.data, Path(scratch))
-        except ValueError as error:
-            parser.exit(1, f"error: {error}\n")
-        for name, folder in models.items():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            rows[name] = evaluate(model, tokenizer, manager, tasks, options.limit, options.batch_size)
-            print(f"{name:<18}" + "".join(f"{rows[name][task]['score']:>12.2f}" for task in names), flush=True)
+    for name, folder in models.items():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        found = {task: benchmarks.score(task, model, tokenizer, options.batch_size) for task in benchmarks.tasks}
+        rows[name] = found | {"average": average(list(found.values()))}
+        print(f"{name:<18}" + "".join(f"{row['score']:>12.2f}" for row in rows[name].values()), flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "benchmarks": rows,

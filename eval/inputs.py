@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from conf.precision import torch_dtype
 from conf.schema import ChatTemplate, Config
 from data.windows import text_windows
+from eval.benchmarks import Benchmarks
 from eval.generate import Stops
 from eval.perplexity import packed_windows
 from eval.prompts import Prompt, Prompter, prompts_digest
@@ -51,6 +52,7 @@ class Inputs:
     stops: Stops
     dtype: torch.dtype  # of every model compared
     chat: bool  # whether prompts are wrapped in the tokenizer's chat template
+    benchmarks: Benchmarks | None = None
 
 
 def prepare(config: Config, model: str, sampled: Path, device: str) -> Inputs:
@@ -83,6 +85,9 @@ def prepare(config: Config, model: str, sampled: Path, device: str) -> Inputs:
         stops=stops_of(tokenizer, model, revision),
         dtype=torch_dtype(options.dtype, device == "cpu", stored=original.dtype),
         chat=wraps,
+        benchmarks=Benchmarks(options.benchmarks, options.benchmark_data, options.benchmark_limit)
+        if options.benchmarks
+        else None,
     )
 
 

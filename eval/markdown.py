@@ -20,6 +20,7 @@ def report_markdown(results: Results, picture: str, healing: str | None = None) 
         "## Tasks",
         markdown_table(*task_rows(results)),
         task_notes(results),
+        *benchmark_section(results),
         "## Cache, as measured",
         markdown_table(*cache_rows(results)),
         "Bytes of the tensors behind the cache after generation, on the same prompts for every model, "
@@ -139,6 +140,21 @@ def task_notes(results: Results) -> str:
     if results["not_compared"]:
         notes.append(f"Not scored for every model and left out: {', '.join(results['not_compared'])}.")
     return " ".join(notes)
+
+
+def benchmark_section(results: Results) -> list[str]:
+    found = results["benchmarks"]
+    if not found:
+        return []
+    models = [model for model in results["score"] if any(rows[model] for rows in found.values())]
+    rows = [
+        [name, *(with_error(row["score"], row["stderr"]) if (row := each[model]) else MISSING for model in models)]
+        for name, each in found.items()
+    ]
+    limit = results["config"]["eval"]["benchmark_limit"]
+    asked = "all questions" if limit is None else f"the first {whole(limit)} questions of each"
+    note = f"Percent, through lm-eval without examples, {asked}; ± a standard error (eval/benchmarks.py)."
+    return ["## Benchmarks", markdown_table(["", *models], rows), note]
 
 
 def text_notes(results: Results) -> str:

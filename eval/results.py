@@ -3,6 +3,7 @@
 Scores are points from 0 to 100. A score that is missing stays missing (None) in everything made from it.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,6 +77,27 @@ def reduction(original: dict[str, Any], other: dict[str, Any]) -> float | None:
     return 1 - other["bytes_per_token"] / original["bytes_per_token"]
 
 
+def benchmark_scores(models: dict[str, Scores]) -> dict[str, Any]:
+    """Score and standard error of every benchmark and their average, by model; None where a model was not scored."""
+    first = models["original"].get("benchmarks", {})
+    found = {
+        name: {model: scores.get("benchmarks", {}).get(name) for model, scores in models.items()} for name in first
+    }
+    for name, rows in found.items():
+        if len({row["inputs"] for row in rows.values() if row}) > 1:
+            raise ValueError(f"benchmark '{name}': the models were scored on different questions; give force=true")
+    if found:
+        by_model = {model: [rows[model] for rows in found.values()] for model in models}
+        found["average"] = {model: average(rows) if all(rows) else None for model, rows in by_model.items()}
+    return found
+
+
+def average(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean score of benchmarks and its standard error."""
+    error = math.hypot(*(row["stderr"] for row in rows)) / len(rows)
+    return {"score": sum(row["score"] for row in rows) / len(rows), "stderr": error}
+
+
 def compare(models: dict[str, Scores]) -> dict[str, Any]:
     """The comparison of `models` (original first) that reports and sweeps are made from."""
     names = common_tasks(models)
@@ -114,5 +136,6 @@ def compare(models: dict[str, Scores]) -> dict[str, Any]:
             }
             for name in names
         },
+        "benchmarks": benchmark_scores(models),
         "not_compared": sorted({name for found in models.values() for name in found["tasks"]} - set(names)),
     }

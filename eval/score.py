@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 import mha2mla  # noqa: F401  registers the converted classes with the Auto classes
 from conf.stage import write_json
+from eval.benchmarks import Benchmarks
 from eval.generate import CacheReading, NewCache, batches, coded_cache, generate, growing_cache
 from eval.inputs import Inputs, TaskInputs, TextInputs
 from eval.perplexity import perplexity
@@ -35,19 +36,21 @@ def score_model(
 ) -> dict[str, Any]:
     """Scores of the model at `path` (folder or hub id) on all inputs; loads it only if one is missing.
 
-    With `cache_bits` its latent cache is coded, and perplexities, whose windows need no cache, are left out.
+    With `cache_bits` its latent cache is coded, and perplexities and benchmarks, which need no cache, are left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts = [(text, folder / f"perplexity-{text.name}.json") for text in inputs.texts if cache_bits is None]
     tasks = [(each, folder / f"{each.task.name}.json") for each in inputs.tasks]
+    suite = inputs.benchmarks if cache_bits is None else None
+    benchmarks = [(each, folder / f"benchmark-{each}.json") for each in (suite.tasks if suite else ())]
     open_texts = [(text, file) for text, file in texts if not is_done(file, text.digest)]
     open_tasks = [(each, file) for each, file in tasks if not is_done(file, each.digest, each.task.version)]
-    if len(open_texts) + len(open_tasks) < len(texts) + len(tasks):
-        print(
-            f"{name}: {len(texts) + len(tasks) - len(open_texts) - len(open_tasks)} scores are there already",
-            flush=True,
-        )
-    if open_texts or open_tasks:
+    open_benchmarks = [(each, file) for each, file in benchmarks if suite and not is_done(file, suite.digest(each))]
+    wanted = len(open_texts) + len(open_tasks) + len(open_benchmarks)
+    there = len(texts) + len(tasks) + len(benchmarks) - wanted
+    if there:
+        print(f"{name}: {there} scores are there already", flush=True)
+    if wanted:
         model = load_model(path, revision, inputs.dtype, device)
         new_cache = growing_cache if cache_bits is None else coded_cache(cache_bits)
         tokens = sum(text.tokens for text, _ in open_texts) + sum(each.tokens for each, _ in open_tasks)
@@ -57,6 +60,9 @@ def score_model(
             for each, file in open_tasks:
                 outputs = file.with_suffix(".jsonl")
                 write_json(file, score_task(model, each, inputs, outputs, batch_size, progress, new_cache))
+        for each, file in open_benchmarks:
+            assert suite is not None
+            write_json(file, score_benchmark(name, model, suite, each, inputs.tokenizer, batch_size))
         del model
         gc.collect()
         if device == "cuda":
@@ -70,6 +76,7 @@ def score_model(
         "chat_template": inputs.chat,
         "perplexity": {text.name: json.loads(file.read_text()) for text, file in texts},
         "tasks": {each.task.name: json.loads(file.read_text()) for each, file in tasks},
+        "benchmarks": {each: json.loads(file.read_text()) for each, file in benchmarks},
     }
 
 
@@ -155,6 +162,17 @@ def score_task(
         },
         "seconds": round(time.time() - started, 1),
     }
+
+
+def score_benchmark(
+    name: str, model: Any, suite: Benchmarks, benchmark: str, tokenizer: Any, batch_size: int
+) -> dict[str, Any]:
+    """One benchmark through lm-eval, which shows its own bar."""
+    started = time.time()
+    found = suite.score(benchmark, model, tokenizer, batch_size)
+    seconds = round(time.time() - started, 1)
+    print(f"{name}: {benchmark} {found['score']:.1f} ({found['questions']} questions) [{seconds:.0f} s]", flush=True)
+    return found | {"inputs": suite.digest(benchmark), "seconds": seconds}
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from eval.evaluate import run_evaluate
 from eval.report import PICTURE, run_report
 from eval.sweep import main as sweep_main
 from eval.sweep import sweep_report
+from tests.eval.test_benchmarks import write_questions
 from tests.eval.tiny import compose_config, finish_before_evaluation, write_original
 from tests.eval.wandb_file import read_run
 
@@ -300,3 +301,21 @@ def test_bits_that_a_latent_cannot_take_are_refused_before_scoring(run):
     config = compose_config(folder, "eval.cache_bits=[2]")
     with pytest.raises(ValueError, match="6 channels of 2 bits do not fill bytes"):
         run_evaluate(config)
+
+
+def test_benchmarks_stand_beside_the_tasks(tmp_path):
+    write_original(tmp_path)
+    write_questions(tmp_path / "questions", ["A", "B", "C", "D"])
+    words = ["eval.tasks=[passkey]", "eval.benchmarks=[OpenBookQA]", f"eval.benchmark_data={tmp_path / 'questions'}"]
+    config = compose_config(tmp_path, *words, "eval.benchmark_limit=3", "eval.cache_bits=[8]")
+    plan = finish_before_evaluation(config)
+    run_evaluate(config)
+    run_report(config)
+    found = read(plan.report.folder / "results.json")["benchmarks"]
+    assert set(found) == {"OpenBookQA", "average"}
+    assert found["OpenBookQA"]["original"]["questions"] == 3 and found["OpenBookQA"]["healed-8bit"] is None
+    assert found["average"]["healed"]["score"] == found["OpenBookQA"]["healed"]["score"]
+    assert "## Benchmarks\n\n|  | original | converted | healed |" in (plan.report.folder / "report.md").read_text()
+    (tmp_path / "questions" / "openbookqa").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="holds no openbookqa/main"):
+        run_evaluate(compose_config(tmp_path, *words, "force=true"))
