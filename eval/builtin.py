@@ -1,8 +1,10 @@
 """Built-in tasks: rows of LongBench's eight fields, made from text that the environment carries.
 
 A row is the largest of its kind that fits the prompt budget: each generator draws all its random choices
-first and returns `make(n)`, the row with `n` pieces of context, and `fill` finds the largest `n`. The same
+first and returns `make(n)`, the row with `n` pieces of context, and `most_that_fit` finds the largest `n`. The same
 seed, budget, tokenizer and Python version give the same rows, and one row does not depend on another.
+
+Pass keys lie on a grid of depths and lengths, so that scores can be seen by both (eval/needle_picture.py).
 """
 
 import json
@@ -14,6 +16,7 @@ from eval.text import code_files, passages, topic_sentences
 
 Make = Callable[[int], Row]
 DEFAULT_ROWS = 50
+DEPTHS, LENGTHS = 5, 4  # of the grid of pass keys
 
 
 def builtin_rows(task: Task, rows: int, seed: int, fits: Callable[[str], bool]) -> list[Row]:
@@ -22,24 +25,31 @@ def builtin_rows(task: Task, rows: int, seed: int, fits: Callable[[str], bool]) 
     made = []
     for index in range(rows):
         rng = random.Random(f"{task.name}-{seed}-{index}")
-        make, most = generate(rng, index / max(rows - 1, 1))
-        row = fill(make, most, lambda row: fits(task.render(row)))
-        if row is None:
+        cell = grid_cell(index) if task.name == "passkey" else None
+        make, most = generate(rng, cell["depth"] if cell else index / max(rows - 1, 1))
+        pieces = most_that_fit(make, most, lambda row: fits(task.render(row)))
+        if not pieces:
             raise ValueError(f"eval.max_length is too small for the shortest prompt of the built-in task '{task.name}'")
+        row = make(max(1, round(cell["share"] * pieces))) | cell if cell else make(pieces)
         words = len(row["context"].split())
         made.append(row | {"length": words, "dataset": task.name, "_id": f"{task.name}-{seed}-{index}"})
     return made
 
 
-def fill(make: Make, most: int, fits: Callable[[Row], bool]) -> Row | None:
-    """`make(n)` for the largest n ≤ `most` that fits; None if not even one piece does."""
-    best, low, high = None, 1, most
+def grid_cell(index: int) -> dict[str, float]:
+    """Depth in the context and share of the budget of one row; neighbours lie apart, so few rows cover it all."""
+    cell = 7 * index % (DEPTHS * LENGTHS)
+    return {"depth": cell % DEPTHS / (DEPTHS - 1), "share": (cell // DEPTHS + 1) / LENGTHS}
+
+
+def most_that_fit(make: Make, most: int, fits: Callable[[Row], bool]) -> int:
+    """The largest n ≤ `most` whose `make(n)` fits; 0 if not even one piece does."""
+    best, low, high = 0, 1, most
     step = 1  # doubled until a row is too long: texts far beyond the budget are never tokenised
     while low <= high:
         trial = min(step, high) if step else (low + high) // 2
-        row = make(trial)
-        if fits(row):
-            best, low, step = row, trial + 1, 2 * step
+        if fits(make(trial)):
+            best, low, step = trial, trial + 1, 2 * step
         else:
             high, step = trial - 1, 0
     return best
@@ -54,7 +64,7 @@ def _shuffled(rng: random.Random, pieces: tuple[str, ...]) -> list[str]:
 
 
 def passkey(rng: random.Random, depth: float) -> tuple[Make, int]:
-    """A number hidden in unrelated paragraphs, from their start (first row) to their end (last row)."""
+    """A number hidden in unrelated paragraphs, at some depth of them."""
     texts, key = _shuffled(rng, passages()), str(rng.randint(10000, 99999))
     needle = f"The pass key is {key}. Remember it. {key} is the pass key."
 

@@ -9,7 +9,7 @@ from eval.tables import MISSING, Rows, flat, markdown_table, number, percent, wh
 Results = dict[str, Any]
 
 
-def report_markdown(results: Results, picture: str, healing: str | None = None) -> str:
+def report_markdown(results: Results, picture: str, healing: str | None = None, needle: str | None = None) -> str:
     parts = [
         f"# {results['model']} · {results['point']}",
         headline(results),
@@ -20,6 +20,7 @@ def report_markdown(results: Results, picture: str, healing: str | None = None) 
         "## Tasks",
         markdown_table(*task_rows(results)),
         task_notes(results),
+        *needle_section(results, needle),
         *benchmark_section(results),
         "## Cache, as measured",
         markdown_table(*cache_rows(results)),
@@ -140,6 +141,16 @@ def task_notes(results: Results) -> str:
     if results["not_compared"]:
         notes.append(f"Not scored for every model and left out: {', '.join(results['not_compared'])}.")
     return " ".join(notes)
+
+
+def needle_section(results: Results, picture: str | None) -> list[str]:
+    if not picture:
+        return []
+    rows = len(next(iter(results["needle"].values())))
+    longest = results["config"]["eval"]["max_length"]
+    length = "the longest prompt that fits the model's window" if longest is None else f"{whole(longest)} tokens"
+    note = f"{whole(rows)} pass keys; length as a share of {length}. White: no row there."
+    return ["## Pass key by depth and length", f"![Pass keys found by depth and length]({picture})", note]
 
 
 def benchmark_section(results: Results) -> list[str]:

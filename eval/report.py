@@ -21,12 +21,13 @@ from conf.schema import Config
 from conf.stage import provenance, read_record, write_json
 from conf.tracking import open_run
 from eval.markdown import report_markdown, summary_rows
+from eval.needle_picture import draw_needles
 from eval.page import page
 from eval.picture import draw, draw_healing
 from eval.results import CODED, MODELS, compare
 from eval.tables import text_table
 
-PICTURE, HEALING = "reduction_vs_drop.png", "healing.png"
+PICTURE, HEALING, NEEDLE = "reduction_vs_drop.png", "healing.png", "passkey.png"
 
 
 def run_report(config: Config, overrides: list[str] | None = None) -> None:
@@ -42,13 +43,14 @@ def run_report(config: Config, overrides: list[str] | None = None) -> None:
         draw([results], stage.folder / PICTURE, f"{results['model']}: {results['point']}")
         original = {text: values["original"] for text, values in results["perplexity"].items()}
         healed = draw_healing(results["healing"], original, stage.folder / HEALING)
-        text = report_markdown(results, PICTURE, HEALING if healed else None)
+        needle = draw_needles(results["needle"], stage.folder / NEEDLE)
+        text = report_markdown(results, PICTURE, HEALING if healed else None, NEEDLE if needle else None)
         (stage.folder / "report.md").write_text(text, encoding="utf-8")
         (stage.folder / "report.html").write_text(page(text, stage.folder), encoding="utf-8")
         stage.metrics |= scalars(results)
         with open_run(config, stage, results["config"]) as run:
             if run:
-                send(run, results, stage.folder / PICTURE)
+                send(run, results, stage.folder)
     print(text_table(*summary_rows(results, share=False)))
     print(f"\nreport: {plan.report.folder / 'report.html'}", flush=True)
 
@@ -112,8 +114,8 @@ def scalars(results: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def send(run: Any, results: dict[str, Any], picture: Path) -> None:
-    """Scalars, the table of tasks and the picture to a W&B run."""
+def send(run: Any, results: dict[str, Any], folder: Path) -> None:
+    """Scalars, the table of tasks, the pictures and, as an artifact, the report's files to a W&B run."""
     import wandb
 
     models = list(results["score"])
@@ -124,7 +126,12 @@ def send(run: Any, results: dict[str, Any], picture: Path) -> None:
         for name, task in results["tasks"].items()
     ]
     table = wandb.Table(columns=columns, data=data)
-    run.log(scalars(results) | {"scores": table, "reduction_vs_drop": wandb.Image(str(picture))})
+    pictures = {file.stem: wandb.Image(str(file)) for file in sorted(folder.glob("*.png"))}
+    run.log(scalars(results) | {"scores": table} | pictures)
+    artifact = wandb.Artifact(f"report-{run.id}", type="report")
+    for file in sorted([*folder.glob("*.png"), *folder.glob("report.*"), folder / "results.json"]):
+        artifact.add_file(str(file))
+    run.log_artifact(artifact)
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")

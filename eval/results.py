@@ -98,6 +98,15 @@ def average(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {"score": sum(row["score"] for row in rows) / len(rows), "stderr": error}
 
 
+def needle_scores(models: dict[str, Scores]) -> dict[str, list[list[float]]]:
+    """Depth, share of the longest prompt and score (0 to 1) of every pass key, by model."""
+    return {
+        model: [[*cell, score] for cell, score in zip(task["cells"], task["row_scores"], strict=True)]
+        for model, scores in models.items()
+        if (task := scores["tasks"]["passkey"]).get("cells")
+    }
+
+
 def compare(models: dict[str, Scores]) -> dict[str, Any]:
     """The comparison of `models` (original first) that reports and sweeps are made from."""
     names = common_tasks(models)
@@ -137,5 +146,6 @@ def compare(models: dict[str, Scores]) -> dict[str, Any]:
             for name in names
         },
         "benchmarks": benchmark_scores(models),
+        "needle": needle_scores(models) if "passkey" in names else {},
         "not_compared": sorted({name for found in models.values() for name in found["tasks"]} - set(names)),
     }

@@ -141,7 +141,7 @@ def score_task(
                 "answers": row["answers"],
                 "output": text,
                 "score": task.score(row, text),
-            }
+            } | {key: row[key] for key in ("depth", "share") if key in row}
         progress.advance(sum(len(ids) for ids in prompts))
     write_lines(outputs, kept)
     score = 100 * sum(row["score"] for row in kept) / len(kept)
@@ -150,6 +150,7 @@ def score_task(
         "score": score,
         "rows": len(kept),
         "row_scores": [row["score"] for row in kept],
+        "cells": [[row["depth"], row["share"]] for row in kept if "depth" in row],
         "truncated": sum(row["truncated"] for row in kept),
         "version": task.version,
         "inputs": each.digest,

@@ -20,7 +20,7 @@ HUB_REPOSITORY, HUB_FILE = "THUDM/LongBench", "data.zip"
 
 def load_rows(config: EvalConfig, fits: Callable[[Task, str], bool]) -> list[tuple[Task, list[Row]]]:
     """The wanted tasks and their rows, `eval.limit` of each. `fits(task, prompt)` sizes the built-in rows."""
-    table = task_table(config.source) | {LONGBENCH_V2: longbench_v2.TASK}
+    table = task_table(config.source)
     if config.source is TaskSource.builtin:
         wanted = [table[name] for name in config.tasks or table]
         rows = config.limit or DEFAULT_ROWS
@@ -30,6 +30,7 @@ def load_rows(config: EvalConfig, fits: Callable[[Task, str], bool]) -> list[tup
 
         return [(task, builtin_rows(task, rows, config.seed, bound(task))) for task in wanted]
     read = local_reader(config) if config.source is TaskSource.local else hub_reader(config.tasks)
+    table = table | {LONGBENCH_V2: longbench_v2.TASK}
     return [(table[name], rows[: config.limit]) for name, rows in read]
 
 

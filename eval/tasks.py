@@ -149,7 +149,7 @@ def builtin_tasks() -> dict[str, Task]:
     count, retrieval = metrics.get_count_with_score, metrics.get_retrieval_with_score
     classes, code = metrics.get_classification_with_score, metrics.get_code_sim_with_score
     tasks = (
-        Task("passkey", _PASSKEY, 12, count, "1", first_line=True),
+        Task("passkey", _PASSKEY, 12, count, "2", first_line=True),
         Task("key_value", _KEY_VALUE, 8, count, "1", first_line=True),
         Task("passage_retrieval", _PASSAGE_RETRIEVAL, 8, retrieval, "1", first_line=True),
         Task("passage_count", _PASSAGE_COUNT, 8, count, "1", first_line=True),

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from conf.schema import BUILTIN_TASKS, EvalConfig
-from eval.builtin import fill
+from eval.builtin import DEPTHS, LENGTHS, grid_cell, most_that_fit
 from eval.prompts import Prompter, prompts_digest
 from eval.sources import load_rows
 from eval.text import code_files
@@ -33,7 +33,7 @@ def test_rows_have_longbenchs_fields_and_fill_the_budget(name, rows, prompter):
     assert len(made) == len({row["_id"] for row in made}) == 4
     lengths = []
     for row in made:
-        assert set(row) == FIELDS
+        assert set(row) - {"depth", "share"} == FIELDS
         prompt = prompter.encode(task, row)
         assert not prompt.truncated
         lengths.append(len(prompt.ids))
@@ -76,9 +76,17 @@ def test_answers_follow_from_the_contexts(rows):
         )
 
 
-def test_the_pass_key_moves_from_the_start_to_the_end(rows):
-    places = [row["context"].index("The pass key is") / len(row["context"]) for row in rows["passkey"][1]]
-    assert places[0] < 0.1 and places[-1] > 0.6 and places == sorted(places)
+def test_pass_keys_lie_on_a_grid_of_depth_and_length(prompter):
+    cells = {tuple(grid_cell(index).values()) for index in range(DEPTHS * LENGTHS)}
+    assert len(cells) == DEPTHS * LENGTHS and {share for _, share in cells} == {0.25, 0.5, 0.75, 1.0}
+    [(task, made)] = load_rows(EvalConfig(limit=DEPTHS * LENGTHS, tasks=["passkey"]), prompter.fits)
+    for row in made:
+        lines = row["context"].split("\n")
+        place = next(number for number, line in enumerate(lines) if line.startswith("The pass key is"))
+        assert place == round(row["depth"] * (len(lines) - 1))
+    words = {share: [row["length"] for row in made if row["share"] == share] for share in (0.25, 1.0)}
+    assert max(words[0.25]) < min(words[1.0])
+    assert max(len(prompter.encode(task, row).ids) for row in made) <= BUDGET
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others(rows, prompter):
@@ -93,9 +101,9 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others(rows, prompte
 
 def test_fill_takes_the_most_that_fits():
     for room in range(1, 12):
-        row = fill(lambda n: {"n": n}, 9, lambda row, room=room: row["n"] <= room)
-        assert row == {"n": min(room, 9)}
-    assert fill(lambda n: {"n": n}, 9, lambda row: False) is None
+        found = most_that_fit(lambda n: {"n": n}, 9, lambda row, room=room: row["n"] <= room)
+        assert found == min(room, 9)
+    assert most_that_fit(lambda n: {"n": n}, 9, lambda row: False) == 0
 
 
 def test_a_budget_too_small_for_any_row_is_an_error():

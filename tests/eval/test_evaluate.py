@@ -59,9 +59,9 @@ def test_every_output_is_kept_with_its_score(run):
     for folder in (run.original.folder / "original", run.evaluate.folder / "converted", run.evaluate.folder / "healed"):
         for name in NAMES:
             rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-            assert [set(row) for row in rows] == [
-                {"_id", "prompt_tokens", "truncated", "answers", "output", "score"} for _ in range(2)
-            ]
+            fields = {"_id", "prompt_tokens", "truncated", "answers", "output", "score"}
+            fields |= {"depth", "share"} if name == "passkey" else set()
+            assert [set(row) for row in rows] == [fields] * 2
             mean = 100 * sum(row["score"] for row in rows) / 2
             assert read(folder / f"{name}.json")["score"] == pytest.approx(mean)
 
@@ -98,7 +98,7 @@ def test_the_page_stands_alone(run):
     text = (run.report.folder / "report.html").read_text()
     report = (run.report.folder / "report.md").read_text()
     assert text.startswith("<!doctype html>") and f"<title>{report.splitlines()[0][2:]}" in text
-    assert text.count("data:image/png;base64,") == report.count("![") == 2
+    assert text.count("data:image/png;base64,") == report.count("![") == 3
     pictures = re.findall(r"base64,([A-Za-z0-9+/=]+)", text)
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
     assert text.count("<table>") == len(re.findall(r"^\|-", report, re.MULTILINE)) >= 6
@@ -119,7 +119,9 @@ def test_the_offline_wandb_run_holds_reduction_drop_and_table(run):
         assert row[2:5] == pytest.approx(
             [results["tasks"][row[0]]["score"][m] for m in ("original", "converted", "healed")]
         )
-    assert (kept["files"] / logged["reduction_vs_drop"]["path"]).exists()
+    for picture in ("reduction_vs_drop", "healing", "passkey"):
+        assert (kept["files"] / logged[picture]["path"]).exists()
+    assert "report" in kept["artifacts"]
     assert kept["config"]["eval"]["limit"] == 2
 
 

@@ -56,16 +56,19 @@ def nested(items: dict[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """History rows, config and tables (by key) of the one offline run below `folder`."""
+    """History rows, config, tables (by key) and types of artifacts of the one offline run below `folder`."""
     [file] = folder.rglob("run-*.wandb")
     history: list[dict[str, Any]] = []
     config: dict[str, Any] = {}
+    artifacts = []
     for record in finished_records(file):
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             history.append(
                 nested({tuple(item.nested_key) or (item.key,): json.loads(item.value_json) for item in items})
             )
+        if record.WhichOneof("record_type") == "artifact":
+            artifacts.append(record.artifact.type)
         if record.WhichOneof("record_type") == "run":
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         if record.WhichOneof("record_type") == "config":
@@ -76,4 +79,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         for key, value in row.items()
         if isinstance(value, dict) and value.get("_type") == "table-file"
     }
-    return {"history": history, "config": config, "tables": tables, "files": file.parent / "files"}
+    return {
+        "history": history,
+        "config": config,
+        "tables": tables,
+        "artifacts": artifacts,
+        "files": file.parent / "files",
+    }
