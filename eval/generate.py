@@ -43,6 +43,12 @@ class CacheReading:
         self.layers = len(cache.layers)
         self.largest = max(self.largest, held)
 
+    def join(self, other: "CacheReading") -> None:
+        self.bytes += other.bytes
+        self.positions += other.positions
+        self.layers = other.layers
+        self.largest = max(self.largest, other.largest)
+
     @property
     def per_token_per_layer(self) -> float:
         return self.bytes / (self.positions * self.layers)

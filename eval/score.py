@@ -1,13 +1,15 @@
 """All scores of one model: perplexities and tasks, each written to disk as soon as it is complete.
 
 A folder per model holds `<task>.jsonl` (every output with its score) and, written after it, `<task>.json`;
-perplexities are `perplexity-<text>.json`. A score whose file is there for these very inputs is not computed
-again, so a killed evaluation goes on with the task it was at.
+perplexities are `perplexity-<text>.json`, benchmarks `benchmark-<name>.json`. A score whose file is there for these
+very inputs is not computed again, and batches of a task wait in `<task>.part`, so a killed evaluation goes on with the
+batch it was at.
 """
 
 import gc
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +118,28 @@ def score_task(
     progress: Progress,
     new_cache: NewCache = growing_cache,
 ) -> dict[str, Any]:
-    """Generate, score and keep every row of one task."""
+    """Generate, score and keep every row of one task; batches that a killed run has finished are taken from it."""
     started, task, reading = time.time(), each.task, CacheReading()
     kept: list[dict[str, Any]] = [{} for _ in each.rows]
+    partial = outputs.with_suffix(".part")
+    done = finished_batches(partial, f"{each.digest} {task.version}")
     for batch in batches([len(prompt.ids) for prompt in each.prompts], batch_size):
         prompts = [each.prompts[index].ids for index in batch]
+        progress.advance(sum(len(ids) for ids in prompts))
+        if tuple(batch) in done:
+            found = done[tuple(batch)]
+            reading.join(CacheReading(**found["cache"]))
+            for index, row in zip(batch, found["rows"], strict=True):
+                kept[index] = row
+            continue
+        own = CacheReading()
         texts = generate(
             model,
             inputs.tokenizer,
             prompts,
             task.max_new_tokens,
             inputs.stops,
-            reading,
+            own,
             first_line=task.first_line and not task.newline_ends,
             newline_ends=task.newline_ends,
             new_cache=new_cache,
@@ -142,8 +154,12 @@ def score_task(
                 "output": text,
                 "score": task.score(row, text),
             } | {key: row[key] for key in ("depth", "share") if key in row}
-        progress.advance(sum(len(ids) for ids in prompts))
+        reading.join(own)
+        line = {"key": f"{each.digest} {task.version}", "batch": batch, "rows": [kept[index] for index in batch]}
+        with partial.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line | {"cache": asdict(own)}, ensure_ascii=False) + "\n")
     write_lines(outputs, kept)
+    partial.unlink(missing_ok=True)
     score = 100 * sum(row["score"] for row in kept) / len(kept)
     progress.line(f"{task.name} {score:.1f} ({len(kept)} rows)")
     return {
@@ -163,6 +179,19 @@ def score_task(
         },
         "seconds": round(time.time() - started, 1),
     }
+
+
+def finished_batches(file: Path, key: str) -> dict[tuple[int, ...], dict[str, Any]]:
+    """Batches of row indices that a killed run left in `file` for these inputs; half a line is none."""
+    found = {}
+    for text in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if line["key"] == key:
+            found[tuple(line["batch"])] = line
+    return found
 
 
 def score_benchmark(

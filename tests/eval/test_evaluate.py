@@ -146,14 +146,14 @@ def test_output_reads_at_eighty_columns_and_without_colour(run, capsys):
 
 def test_an_evaluation_that_was_cut_off_goes_on_with_the_same_scores(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run.model_dir.parent.parent / "model", tmp_path / "model")
-    config = compose_config(tmp_path)
+    config = compose_config(tmp_path, "eval.batch_size=1")
     plan = finish_before_evaluation(config)
 
     generate, calls = eval.score.generate, []
 
     def breaking(*args, **kwargs):
         calls.append(args)
-        if len(calls) == 5:  # in the second model: the original's three tasks are done, and one of the converted's
+        if len(calls) == 10:  # the original's three tasks of two rows, one of the converted's and half of another
             raise KeyboardInterrupt
         return generate(*args, **kwargs)
 
@@ -163,6 +163,8 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_the_same_scores(run, tmp_pa
     assert plan.original.record() and not plan.evaluate.record()
     kept = plan.evaluate.folder / "converted" / "passkey.jsonl"
     assert kept.exists() and not kept.with_name("classification.jsonl").exists()
+    with kept.with_name("classification.part").open("a") as stream:
+        stream.write('{"key": "cut o')
     with pytest.raises(FileNotFoundError, match="stage 'evaluate' .* has not finished"):
         run_report(config)
     written = kept.stat().st_mtime_ns
@@ -171,7 +173,8 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_the_same_scores(run, tmp_pa
     said = capsys.readouterr().out  # no terminal: a line per score
     assert "converted: 2 scores are there already" in said and "converted: passkey" not in said
     assert len(re.findall(r"^healed: \w+ .*\[\d+ s, \d+ s left\]$", said, re.MULTILINE)) == 4
-    assert len(calls) == 5 + 5  # two tasks of the converted model, three of the healed
+    assert len(calls) == 10 + 9  # a row of one task and two of another of the converted model, six of the healed
+    assert not list(plan.evaluate.folder.rglob("*.part"))
     assert kept.stat().st_mtime_ns == written
     for name in ("original", "converted", "healed"):
         stage = "original" if name == "original" else "evaluate"
