@@ -188,11 +188,20 @@ def benchmarks() -> str:
         [model, *(f"{row[name]['score']:.1f} ± {row[name]['stderr']:.1f}" for name in names)]
         for model, row in found["benchmarks"].items()
     ]
+    published = load("published")
+    for model, scores in published["averages"].items():
+        for cut in ("original", "-68.75", "-87.5"):
+            cells = published["tasks"][model].get(cut, {})
+            label = f"paper: {model}" + ("" if cut == "original" else f", {cut} %, {scores['tokens']}")
+            shown = [f"{cells[name]:.1f}" if name in cells else "" for name in names[:-1]]
+            rows.append([label, *shown, f"{scores[cut]:.1f}"])
     first = next(iter(found["benchmarks"].values()))
     questions = ", ".join(f"{name} {row['questions']:,}" for name, row in first.items() if "questions" in row)
     note = (
         "SmolLM2-135M-Instruct, percent, no examples, by likelihood (`eval/benchmarks.py`), ± a standard error; "
-        f"questions: {questions}; {found['dtype']}; {where(found['provenance'])}. `docs/results/benchmarks.json`"
+        f"questions: {questions}; {found['dtype']}; {where(found['provenance'])}. `docs/results/benchmarks.json` "
+        "Paper: MHA2MLA, arXiv 2502.14837, table 1, another model of the size on another harness, which is comparable "
+        "in its drops alone. `docs/results/published.json`"
     )
     return table(["", *names], rows) + "\n\n" + note
 
@@ -259,16 +268,51 @@ def train_bench() -> str:
 def bench() -> str:
     """Decoding against the original model."""
     found = load("bench")
-    setting = found["bench"]
+    place, setting = found["grid"][0], found["bench"]
+    whole = place["variants"]["absorbed"]["seconds_per_step"]
     rows = [
-        [name, f"{row['speed_against_original']:.2f}x", f"{row['cache_against_original']:.4f}x"]
-        for name, row in found["variants"].items()
+        [
+            name,
+            f"{row['speed_against_original']:.2f}x",
+            f"{row['seconds_per_step'] / whole:.2f}x",
+            f"{row['cache_against_original']:.4f}x",
+            f"{row['step_memory_bytes'] / 2**30:.2f}",
+        ]
+        for name, row in place["variants"].items()
     ]
     note = (
-        f"batch {setting['batch_size']}, {setting['context']:,} cached tokens, {setting['dtype']}; "
-        f"{where(found['provenance'])}. `docs/results/bench.json`"
+        f"batch {place['batch']}, {place['context']:,} cached tokens, {setting['dtype']}; GiB: weights, cache and what "
+        f"a step takes beside them; {where(found['provenance'])}. `docs/results/bench.json`"
     )
-    return table(["decode", "tokens/s", "cache bytes"], rows) + "\n\n" + note
+    head = ["decode", "tokens/s", "a step, against absorbed", "cache bytes", "GiB"]
+    return table(head, rows) + "\n\n" + note
+
+
+def minilongbench() -> str:
+    """LongBench's tasks on MiniLongBench's rows, whole and coded caches."""
+    found = load("minilongbench")
+    models = list(found["score"])
+
+    def cell(task: dict[str, Any], model: str) -> str:
+        error = task["stderr"][model]
+        return f"{task['score'][model]:.1f}" + ("" if error is None else f" ± {error:.1f}")
+
+    rows = [
+        [name, str(task["rows"]), *(cell(task, model) for model in models)] for name, task in found["tasks"].items()
+    ]
+    count = sum(task["rows"] for task in found["tasks"].values())
+    rows.append(["mean of 21", str(count), *(f"{found['score'][model]:.1f}" for model in models)])
+    rows.append(["cache", "", "", *(f"-{100 * found['reduction'][model]:.2f} %" for model in models[1:])])
+    drops = (found["drop"][model] for model in models[1:])
+    shown = [f"{each['points']:.1f} ({each['interval'][0]:.1f} to {each['interval'][1]:.1f})" for each in drops]
+    rows.append(["drop (95 %)", "", "", *shown])
+    cut = sum(task["truncated"] for task in found["tasks"].values())
+    note = (
+        f"MiniLongBench (237 rows of LongBench), prompts of up to {found['window']:,} tokens, {cut} of them cut in the "
+        f"middle, chat template on, bfloat16; healed on {found['healing_tokens']:,} tokens, ranges by token; "
+        f"{where(found['provenance'])}. `docs/results/minilongbench.json`"
+    )
+    return table(["", "rows", *models], rows) + "\n\n" + note
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -279,6 +323,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "healing_losses": healing_losses,
     "healing_long": healing_long,
     "benchmarks": benchmarks,
+    "minilongbench": minilongbench,
     "cache_bits": cache_bits,
     "positions": positions,
     "training_free": training_free,
