@@ -220,13 +220,17 @@ def cache_bits() -> str:
     whole, *coded = found["rows"]
     rows = [["16", "16", "", "", f"{whole['bytes_per_token']:,.0f}", f"{-100 * whole['reduction']:.2f} %", ""]]
     for row in coded:
-        cells = [str(row["bits"]), str(row["rope_bits"]), "by channel" if row["calibrated"] else "by token"]
+        ranges = "by channel" if row["calibrated"] else "by token"
+        ranges = f"transformers' {row['stock']}" if row.get("stock") else ranges
+        ranges = "control: one for all channels" if row.get("control") else ranges
+        cells = [str(row["bits"]), str(row["rope_bits"]), ranges]
         cells += ["yes" if row["rotated"] else "", f"{row['bytes_per_token']:,.0f}", f"{-100 * row['reduction']:.2f} %"]
         rows.append([*cells, f"{100 * (row['against_whole'] - 1):+.1f} %"])
+    kept = next(row["tokens_kept_whole"] for row in coded if row["tokens_kept_whole"])
     head = ["latent bits", "rotated key", "ranges", "turned", "bytes a token", "cache", "perplexity"]
     note = (
         f"{found['text']['tokens']:,} tokens of WikiText-2's test text, whole cache {number(whole['perplexity'])}; "
-        f"{coded[0]['tokens_kept_whole']} tokens a sequence stay whole, not in the bytes; ranges by channel from "
+        f"{kept} tokens a sequence stay whole, not in the bytes, but for transformers'; ranges by channel from "
         f"{found['calibration_tokens']:,} tokens of other text; {where(found['provenance'])}. "
         "`docs/results/cache_bits.json`"
     )

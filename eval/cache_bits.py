@@ -6,26 +6,32 @@
 Every window of the text is fed through the cache one token at a time, so each token is predicted from what the cache
 hands out; all windows together are a batch. Writes OUTPUT.json: perplexity, bytes that a coded token takes in the cache
 as measured, those of the tokens kept whole, and the reduction against `--original` numbers a layer in 16 bits.
+
+`--stock` measures transformers' own quantised caches on the same windows too, those whose packages are installed
+(quanto: optimum-quanto, hqq: hqq). Their bytes are of all tokens, the latest kept whole included.
 """
 
 import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, QuantizedCache
 
 from conf.precision import torch_dtype
 from conf.schema import Dtype, SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
 from data.windows import text_windows
-from mha2mla import QuantizedLatentCache, calibrate_ranges, rotate_latents
+from mha2mla import QuantizedLatentCache, cache_bytes, calibrate_ranges, rotate_latents
 from mha2mla.families import attention_layers
+from mha2mla.quantization import Range
+from mha2mla.quantized_cache import LayerRanges
 
 # Bits of latent and rotated key, and whether ranges come from calibration (else from every token's groups).
 SETTINGS = (
@@ -37,6 +43,39 @@ SETTINGS = (
     (2, 4, True),
     (2, 2, True),
 )
+
+
+STOCK_BITS = 4  # of transformers' quanto and hqq caches
+
+
+def stock_cache(backend: str, config: Any) -> Cache:
+    """transformers' quantised cache: fp8 as it is, the others in 4 bits with groups that fit latent and rotated key."""
+    if backend == "fp8":
+        return QuantizedCache("fp8", config)
+    group = math.gcd(config.kv_lora_rank, config.rope_dim)
+    return QuantizedCache(backend, config, nbits=STOCK_BITS, q_group_size=group, residual_length=32)
+
+
+def measure_stock(
+    model: Any, windows: torch.Tensor, original: int, whole: float, on_row: Callable[[dict], None]
+) -> list[dict[str, Any]]:
+    """A row for every backend that is installed and takes these sizes; what others say is printed."""
+    layers, rows = model.config.num_hidden_layers, []
+    for backend in ("fp8", "quanto", "hqq"):
+        try:
+            cache = stock_cache(backend, model.config)
+            found = decoding_perplexity(model, windows, cache, backend)
+        except (ImportError, ValueError, RuntimeError, AssertionError) as error:
+            reason = "not installed" if isinstance(error, ImportError) else f"not measured: {error}"
+            print(shorten(f"  {backend} {reason}", 80), flush=True)
+            continue
+        held = cache_bytes(cache) / (windows.shape[0] * (windows.shape[1] - 1))
+        bits = 8 if backend == "fp8" else STOCK_BITS
+        row = {"stock": backend, "bits": bits, "rope_bits": bits, "calibrated": False, "rotated": False}
+        row |= {"perplexity": found, "against_whole": found / whole, "bytes_per_token": held}
+        rows.append(row | {"tokens_kept_whole": None, "reduction": 1 - held / (2 * original * layers)})
+        on_row(rows[-1])
+    return rows
 
 
 @torch.inference_mode()
@@ -76,9 +115,14 @@ def calibration_text(files: list[str], tokenizer: Any, length: int, tokens: int)
 
 
 def measure(
-    model: Any, windows: torch.Tensor, batches: list[torch.Tensor], original: int, on_row: Callable[[dict], None]
+    model: Any,
+    windows: torch.Tensor,
+    batches: list[torch.Tensor],
+    original: int,
+    on_row: Callable[[dict], None],
+    stock: bool = False,
 ) -> list[dict[str, Any]]:
-    """A row a setting, the whole cache first."""
+    """A row a setting, the whole cache first, then transformers' own if wanted. Turns the model's latents."""
     layers = model.config.num_hidden_layers
     numbers = sum(layer.kv_lora_rank + layer.rope_dim for layer in attention_layers(model))
     whole = decoding_perplexity(model, windows, DynamicCache(), "whole")
@@ -88,6 +132,8 @@ def measure(
     ]
     rows[0]["reduction"] = 1 - rows[0]["bytes_per_token"] / (2 * original * layers)
     on_row(rows[0])
+    if stock:
+        rows += measure_stock(model, windows, original, whole, on_row)
     for rotated in (False, True):
         if rotated:
             rotate_latents(model)
@@ -101,11 +147,29 @@ def measure(
             row |= {"tokens_kept_whole": kept, "reduction": 1 - held / (2 * original * layers)}
             rows.append(row)
             on_row(row)
+        if not rotated:
+            wrong = [one_range(layer, 4) for layer in calibrate_ranges(model, batches, 4, 8)]
+            cache = QuantizedLatentCache(model.config, 4, 8, ranges=wrong)
+            found = decoding_perplexity(model, windows, cache, "control")
+            rows.append(rows[-1] | {"bits": 4, "rope_bits": 8, "control": True, "perplexity": found})
+            rows[-1] |= {"against_whole": found / whole, "bytes_per_token": bytes_a_token(cache)[0]}
+            rows[-1]["reduction"] = 1 - rows[-1]["bytes_per_token"] / (2 * original * layers)
+            on_row(rows[-1])
     return rows
+
+
+def one_range(ranges: LayerRanges, bits: int) -> LayerRanges:
+    """The control: one range for all channels of the latent, which a few wide ones set."""
+    span = ranges.latent
+    low = span.low.min()
+    high = (span.low + (2**bits - 1) * span.scale).max()
+    latent = Range(low.expand_as(span.low), ((high - low) / (2**bits - 1)).expand_as(span.scale))
+    return LayerRanges(latent, ranges.rope)
 
 
 def show(row: dict[str, Any]) -> None:
     ranges = "calibrated" if row["calibrated"] else "by token" if row["bits"] < 16 else ""
+    ranges = "one range" if row.get("control") else row.get("stock", ranges)
     change = f"{100 * (row['against_whole'] - 1):+.1f} %" if "against_whole" in row else ""
     print(
         f"{row['bits']:>4}{row['rope_bits']:>6}  {ranges:<12}{'rotated' if row['rotated'] else '':<9}"
@@ -123,6 +187,7 @@ def main() -> None:
         "--calibrate", nargs="+", required=True, help="documents for ranges: JSON lines, Parquet or text"
     )
     parser.add_argument("--original", type=int, required=True, help="numbers that the original caches a token a layer")
+    parser.add_argument("--stock", action="store_true", help="transformers' quantised caches too")
     parser.add_argument("--tokens", type=int, default=10240)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--output", type=Path, required=True, help="path of the JSON, without suffix")
@@ -139,7 +204,7 @@ def main() -> None:
     try:
         windows = torch.stack(text_windows(tokenizer, options.text, options.length, options.tokens))
         batches = calibration_text(options.calibrate, tokenizer, 1024, 4096)
-        rows = measure(model, windows, batches, options.original, show)
+        rows = measure(model, windows, batches, options.original, show, options.stock)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
     result = {

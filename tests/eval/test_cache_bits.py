@@ -72,11 +72,22 @@ def test_every_setting_becomes_a_row(
 ) -> None:
     text, corpus = write_text(tmp_path)
     words = ["--text", str(text), "--calibrate", str(corpus), "--output", str(tmp_path / "out")]
-    call(monkeypatch, folder, *words)
+    call(monkeypatch, folder, *words, "--stock")
     result = json.loads((tmp_path / "out.json").read_text())
     rows = result["rows"]
-    assert len(rows) == 1 + 2 * len(SETTINGS) and result["calibration_tokens"] == 4096
+    stock = [row["stock"] for row in rows if "stock" in row]
+    assert "fp8" in stock and len(rows) == 2 + len(stock) + 2 * len(SETTINGS)
+    assert result["calibration_tokens"] == 4096
     assert rows[0]["bytes_per_token"] == LAYERS * 2 * 24 and rows[0]["reduction"] == 1 - 24 / 32
+    [control] = [row for row in rows if row.get("control")]
+    [same] = [
+        row
+        for row in rows
+        if (row["bits"], row["rope_bits"], row["calibrated"], row["rotated"]) == (4, 8, True, False)
+        and row is not control
+    ]
+    assert control["bytes_per_token"] == same["bytes_per_token"]
+    assert abs(control["against_whole"] - 1) > abs(same["against_whole"] - 1)
     [row] = [row for row in rows if (row["bits"], row["rope_bits"], row["rotated"]) == (4, 4, True)]
     assert row["bytes_per_token"] == LAYERS * 12 and row["reduction"] == pytest.approx(1 - 6 / 32)
     assert row["tokens_kept_whole"] == 36 and math.isfinite(row["perplexity"])
