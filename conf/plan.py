@@ -13,8 +13,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from conf.evaluation import EvalConfig
 from conf.models import model_fingerprint, teacher_config
-from conf.schema import DISTILLATION, Config, DataConfig, EvalConfig
+from conf.schema import DISTILLATION, Config, DataConfig
 from conf.stage import Stage, fingerprint, write_json
 
 

@@ -1,8 +1,15 @@
 """Which floating-point type the hardware at hand computes in. Emulated, bfloat16 is many times slower than float32."""
 
+from enum import Enum
 from typing import Any
 
-from conf.schema import Dtype
+
+class Dtype(Enum):
+    auto = "auto"  # what the checkpoint is stored in
+    native = "native"  # bfloat16 where the hardware computes in it, else float32
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 def computes_bfloat16(on_cpu: bool) -> bool:

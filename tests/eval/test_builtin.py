@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from conf.schema import BUILTIN_TASKS, EvalConfig
+from conf.evaluation import BUILTIN_TASKS, EvalConfig
 from eval.builtin import DEPTHS, LENGTHS, grid_cell, most_that_fit
 from eval.prompts import Prompter, prompts_digest
 from eval.sources import load_rows

@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from conf.schema import EvalConfig, TaskSource
+from conf.evaluation import EvalConfig, TaskSource
 from eval.sources import load_rows, zip_rows
 
 ROW = {

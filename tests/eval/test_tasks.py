@@ -2,7 +2,7 @@
 
 import pytest
 
-from conf.schema import BUILTIN_TASKS, LONGBENCH_TASKS, EvalConfig, TaskSource
+from conf.evaluation import BUILTIN_TASKS, LONGBENCH_TASKS, EvalConfig, TaskSource
 from eval.tasks import builtin_tasks, longbench_tasks, task_table
 
 # dataset2maxlen.json of LongBench.
