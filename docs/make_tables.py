@@ -305,15 +305,16 @@ def minilongbench() -> str:
         [name, str(task["rows"]), *(cell(task, model) for model in models)] for name, task in found["tasks"].items()
     ]
     count = sum(task["rows"] for task in found["tasks"].values())
-    rows.append(["mean of 21", str(count), *(f"{found['score'][model]:.1f}" for model in models)])
-    rows.append(["cache", "", "", *(f"-{100 * found['reduction'][model]:.2f} %" for model in models[1:])])
-    drops = (found["drop"][model] for model in models[1:])
+    rows.append([f"mean of {len(found['tasks'])}", str(count), *(f"{found['score'][model]:.1f}" for model in models)])
+    rows.append(["cache", "", "", *(f"-{100 * found['kv_cache_reduction'][model]:.2f} %" for model in models[1:])])
+    drops = (found["score_drop"][model] for model in models[1:])
     shown = [f"{each['points']:.1f} ({each['interval'][0]:.1f} to {each['interval'][1]:.1f})" for each in drops]
     rows.append(["drop (95 %)", "", "", *shown])
     cut = sum(task["truncated"] for task in found["tasks"].values())
     note = (
-        f"MiniLongBench (237 rows of LongBench), prompts of up to {found['window']:,} tokens, {cut} of them cut in the "
-        f"middle, chat template on, bfloat16; healed on {found['healing_tokens']:,} tokens, ranges by token; "
+        f"MiniLongBench ({count} rows of LongBench), prompts of up to {found['window']:,} tokens, {cut} of them cut in "
+        f"the middle, {'with' if found['chat_template'] else 'without'} the chat template, {found['dtype']}; healed "
+        f"on {found['healing_tokens']:,} tokens, ranges by token; "
         f"{where(found['provenance'])}. `docs/results/minilongbench.json`"
     )
     return table(["", "rows", *models], rows) + "\n\n" + note

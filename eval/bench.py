@@ -13,6 +13,7 @@ alone, read once a step, are of the bytes that a plain copy moves in that time.
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import hydra
@@ -126,13 +127,14 @@ def point(
 ) -> dict[str, Any]:
     """All variants at one context and batch; None for one that does not fit into the GPU's memory."""
     running: dict[str, Decoding | None] = {}
+    torch.compiler.reset()  # every size has graphs of its own, of which only so many are kept
     for variant in variants:
-        running[variant.name] = fitting(
-            lambda variant=variant: Decoding(variant, batch, context, limit(bench, context), bench.prefill)  # type: ignore[misc]
-        )
+        start = partial(Decoding, variant, batch, context, limit(bench, context), bench.prefill)
+        running[variant.name] = fitting(start)
     for turn in range(bench.rounds + 1):
         for name, each in running.items():
-            took = fitting(lambda each=each: each.steps(bench.steps)) if each else None  # type: ignore[misc]
+            step = partial(each.steps, bench.steps, weigh=not turn) if each else None
+            took = fitting(step) if step else None
             if each and took is None:
                 running[name] = None
             elif each and turn:  # the first turn warms up

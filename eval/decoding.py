@@ -3,7 +3,9 @@
 Nothing here depends on what the weights are, so any tokens do.
 """
 
+import ctypes
 import gc
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +76,9 @@ class Decoding:
 
     @torch.inference_mode()
     def prompt(self, context: int) -> float:
-        """Seconds from a prompt to its first token."""
+        """Seconds from a prompt to its first token, after a short prompt that warms up."""
+        short = torch.ones(self.batch, min(context, 64), dtype=torch.long, device=self.variant.device)
+        self.variant.model(short, past_key_values=self.variant.new_cache(64), use_cache=True, logits_to_keep=1)
         vocabulary = self.variant.model.get_input_embeddings().weight.shape[0]
         ids = torch.randint(vocabulary, (self.batch, context), generator=torch.Generator().manual_seed(0))
         ids = ids.to(self.variant.device)
@@ -97,11 +101,13 @@ class Decoding:
             self.cache.update(*states, layer)
 
     @torch.inference_mode()
-    def steps(self, count: int) -> float:
-        """Seconds a step over `count` decoded tokens."""
+    def steps(self, count: int, weigh: bool = False) -> float:
+        """Seconds a step over `count` decoded tokens; `weigh` counts their memory, which takes time itself."""
         variant = self.variant
         device = variant.device
-        counts, before = reset_peak(device), held_bytes(device)
+        if weigh:
+            free(device)
+            counts, before = reset_peak(device), held_bytes(device)
         first = torch.ones(self.batch, 1, dtype=torch.long, device=device)
 
         def run() -> None:
@@ -117,7 +123,7 @@ class Decoding:
             took = seconds_of(run, device) / count
         finally:
             MLAAttention.absorbs = chosen_by_shape  # type: ignore[method-assign]
-        if counts:
+        if weigh and counts:
             self.step_memory = variant.weight_bytes + self.cache_bytes + max(0, peak_bytes(device) - before)
         return took
 
@@ -144,9 +150,12 @@ def largest_batch(variant: Variant, context: int, limit: int) -> int:
 
 
 def free(device: torch.device) -> None:
+    """Hand back what is not in use, so that peaks are seen over it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -34,8 +34,9 @@ Format your response as follows: "The correct answer is (insert answer here)".""
 
 
 def choice_score(row: Row, outputs: list[str]) -> dict[str, float]:
-    """Whether an output says "The correct answer is (X)" of the right X, with or without brackets and asterisks."""
-    found = re.search(r"The correct answer is \(?([A-D])\b", outputs[0].replace("*", ""))
+    """Whether an output says "The correct answer is (X)" of the right X, or else the same without brackets."""
+    said = outputs[0].replace("*", "")
+    found = re.search(r"The correct answer is \(([A-D])\)", said) or re.search(r"The correct answer is ([A-D])", said)
     return {"score": float(found is not None and found[1] in row["answers"])}
 
 
@@ -57,4 +58,5 @@ def row_of(row: dict[str, Any], place: str) -> Row:
     missing = [column for column in COLUMNS if column not in row]
     if missing:
         raise ValueError(f"{place} lacks the columns {', '.join(missing)}; it has {', '.join(row)}")
-    return row | {"input": row["question"].strip(), "answers": [row["answer"]], "all_classes": None}
+    texts = {column: row[column].strip() for column in COLUMNS if column not in ("_id", "answer")}
+    return row | texts | {"input": texts["question"], "answers": [row["answer"]], "all_classes": None}

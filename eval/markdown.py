@@ -148,7 +148,7 @@ def needle_section(results: Results, picture: str | None) -> list[str]:
         return []
     rows = len(next(iter(results["needle"].values())))
     longest = results["config"]["eval"]["max_length"]
-    length = "the longest prompt that fits the model's window" if longest is None else f"{whole(longest)} tokens"
+    length = "the longest prompt that could be made" if longest is None else f"{whole(longest)} tokens"
     note = f"{whole(rows)} pass keys; length as a share of {length}. White: no row there."
     return ["## Pass key by depth and length", f"![Pass keys found by depth and length]({picture})", note]
 
@@ -159,13 +159,12 @@ def benchmark_section(results: Results) -> list[str]:
         return []
     models = [model for model in results["score"] if any(rows[model] for rows in found.values())]
     rows = [
-        [name, *(with_error(row["score"], row["stderr"]) if (row := each[model]) else MISSING for model in models)]
+        [name, "" if name == "average" else whole(each["original"]["questions"])]
+        + [with_error(row["score"], row["stderr"]) if (row := each[model]) else MISSING for model in models]
         for name, each in found.items()
     ]
-    limit = results["config"]["eval"]["benchmark_limit"]
-    asked = "all questions" if limit is None else f"the first {whole(limit)} questions of each"
-    note = f"Percent, through lm-eval without examples, {asked}; ± a standard error (eval/benchmarks.py)."
-    return ["## Benchmarks", markdown_table(["", *models], rows), note]
+    note = "Percent, through lm-eval without examples; ± a standard error (eval/benchmarks.py)."
+    return ["## Benchmarks", markdown_table(["", "questions", *models], rows), note]
 
 
 def text_notes(results: Results) -> str:

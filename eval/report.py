@@ -107,7 +107,7 @@ def scalars(results: dict[str, Any]) -> dict[str, Any]:
     found |= {f"score/{model}": value for model, value in results["score"].items()}
     for model, cache in results["cache"].items():
         found[f"cache_bytes_per_token/{model}"] = cache["bytes_per_token"]
-    for name, rows in results["benchmarks"].items():
+    for name, rows in results.get("benchmarks", {}).items():
         found |= {f"benchmark/{name}/{model}": row["score"] for model, row in rows.items() if row}
     for text, values in results["perplexity"].items():
         found |= {f"perplexity/{text}/{model}": value for model, value in values.items()}

@@ -156,8 +156,8 @@ def score_task(
             } | {key: row[key] for key in ("depth", "share") if key in row}
         reading.join(own)
         line = {"key": f"{each.digest} {task.version}", "batch": batch, "rows": [kept[index] for index in batch]}
-        with partial.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line | {"cache": asdict(own)}, ensure_ascii=False) + "\n")
+        with partial.open("a") as stream:  # a line begins with its end: what a kill has cut off stays alone
+            stream.write("\n" + json.dumps(line | {"cache": asdict(own)}))
     write_lines(outputs, kept)
     partial.unlink(missing_ok=True)
     score = 100 * sum(row["score"] for row in kept) / len(kept)
@@ -184,7 +184,7 @@ def score_task(
 def finished_batches(file: Path, key: str) -> dict[tuple[int, ...], dict[str, Any]]:
     """Batches of row indices that a killed run left in `file` for these inputs; half a line is none."""
     found = {}
-    for text in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
+    for text in file.read_text().split("\n") if file.exists() else ():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

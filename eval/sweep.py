@@ -181,7 +181,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def sweep_run(results: list[dict[str, Any]], folder: Path) -> AbstractContextManager[Any]:
     """A W&B run for the sweep, with the tracking settings of its points."""
-    config = typed_config(OmegaConf.merge(OmegaConf.structured(Config), results[0]["config"]))
+    # No more than is needed: other settings may be of an older form.
+    kept = {key: results[0]["config"][key] for key in ("model", "tracking", "output_dir")}
+    config = typed_config(OmegaConf.merge(OmegaConf.structured(Config), kept))
     config.name = "sweep"
     stage = Stage("sweep", folder, {}, {result["point"]: result["date"] for result in results})
     return open_run(config, stage, {"points": [result["point"] for result in results]})

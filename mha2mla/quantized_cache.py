@@ -25,6 +25,7 @@ from mha2mla import quantization
 from mha2mla.families import attention_layers
 from mha2mla.quantization import Coded, Range
 
+CHUNK = 2048  # tokens that are coded at once: it takes many times the memory of their codes
 STEP = 256  # tokens that a buffer grows by: a decoded token writes itself and copies nothing
 
 
@@ -93,6 +94,11 @@ class Store:
         if self.bits is None:
             self.rows["codes"].append(values)
             return
+        for some in values.split(CHUNK, 2):
+            self.encode(some)
+
+    def encode(self, values: torch.Tensor) -> None:
+        assert self.bits is not None
         span = self.fixed
         if span is None:
             assert self.group is not None

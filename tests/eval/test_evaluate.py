@@ -320,7 +320,10 @@ def test_benchmarks_stand_beside_the_tasks(tmp_path):
     assert set(found) == {"OpenBookQA", "average"}
     assert found["OpenBookQA"]["original"]["questions"] == 3 and found["OpenBookQA"]["healed-8bit"] is None
     assert found["average"]["healed"]["score"] == found["OpenBookQA"]["healed"]["score"]
-    assert "## Benchmarks\n\n|  | original | converted | healed |" in (plan.report.folder / "report.md").read_text()
+    assert (
+        "## Benchmarks\n\n|  | questions | original | converted | healed |"
+        in (plan.report.folder / "report.md").read_text()
+    )
     (tmp_path / "questions" / "openbookqa").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="holds no openbookqa/main"):
         run_evaluate(compose_config(tmp_path, *words, "force=true"))

@@ -103,7 +103,7 @@ def test_the_second_longbench_is_one_task_where_it_is_named(tmp_path):
         "**The correct answer is C**": 1.0,
         "The correct answer is (B)": 0.0,
         "C": 0.0,
-        "The correct answer is Choosing": 0.0,
+        "The correct answer is A, no: The correct answer is (C)": 1.0,
     }
     assert {output: task.score(rows[0], output) for output in scores} == scores
 

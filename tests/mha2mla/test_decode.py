@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mha2mla import ConversionOptions, cache_bytes, convert
-from mha2mla.modeling.attention_mla import MLAAttention
+from mha2mla.modeling.attention_mla import MLAAttention, score_bias
 from tests.tiny import KV_HEADS, relative, tiny_model, tokens
 
 TOLERANCE = 1e-5  # float32; measured 1e-7 to 2e-6
@@ -191,3 +191,14 @@ def test_what_a_kernel_reads_starts_where_cuda_may_read(monkeypatch: pytest.Monk
     for states in seen:
         assert states.data_ptr() % 16 == 0
         assert all(stride * states.element_size() % 16 == 0 for stride in states.stride()[1:-1])
+
+
+def test_a_query_that_sees_nothing_stays_a_number_in_float16() -> None:
+    """As rows of padding are; added to a score, the least number of the dtype would be minus infinity."""
+    for mask in (torch.zeros(2, 1, 3, 7, dtype=torch.bool), torch.full((2, 1, 3, 7), torch.finfo(torch.float32).min)):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            scores = torch.full((2, 4, 3, 7), -30.0, dtype=dtype) + score_bias(mask, dtype)
+            assert scores.isfinite().all() and scores.softmax(-1).isfinite().all()
+    seen = torch.tensor([[[[True, False]]]])
+    weights = (torch.zeros(1, 1, 1, 2, dtype=torch.float16) + score_bias(seen, torch.float16)).softmax(-1)
+    assert weights.flatten().tolist() == [1, 0]
