@@ -176,21 +176,21 @@ def main() -> None:
         parser.exit(1, f"error: {error}\n")
     print(f"{'':<18}" + "".join(f"{name:>12}" for name in (*benchmarks.tasks, "average")))
     rows = {}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     for name, folder in models.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         found = {task: benchmarks.score(task, model, tokenizer, options.batch_size) for task in benchmarks.tasks}
         rows[name] = found | {"average": average(list(found.values()))}
         print(f"{name:<18}" + "".join(f"{row['score']:>12.2f}" for row in rows[name].values()), flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "benchmarks": rows,
-        "limit": options.limit,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device,
-        "provenance": provenance(),
-    }
-    write_json(options.output.with_suffix(".json"), result)
+        result = {  # after every model: what is done is not lost with what is not
+            "benchmarks": rows,
+            "limit": options.limit,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device,
+            "provenance": provenance(),
+        }
+        write_json(options.output.with_suffix(".json"), result)
 
 
 if __name__ == "__main__":
