@@ -5,7 +5,7 @@ from typing import Any
 
 from eval.picture import save
 
-COLOURS = ("#444444", "#c44e52", "#2a6fbb", "#8172b3", "#937860", "#55a868", "#da8bc3", "#ccb974")
+COLOURS = ("#444444", "#c44e52", "#2a6fbb", "#8172b3", "#937860", "#55a868", "#da8bc3", "#ccb974", "#8c8c8c", "#64b5cd")
 LINES = ("-", "--", ":", "-.")
 
 

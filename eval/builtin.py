@@ -37,9 +37,11 @@ def builtin_rows(task: Task, rows: int, seed: int, fits: Callable[[str], bool]) 
 
 
 def grid_cell(index: int) -> dict[str, float]:
-    """Depth in the context and share of the budget of one row; neighbours lie apart, so few rows cover it all."""
-    cell = 7 * index % (DEPTHS * LENGTHS)
-    return {"depth": cell % DEPTHS / (DEPTHS - 1), "share": (cell // DEPTHS + 1) / LENGTHS}
+    """Depth in the context and share of the budget of one row.
+
+    Their numbers have no common divisor: any five rows have all depths, any four all lengths, any twenty all cells.
+    """
+    return {"depth": 2 * index % DEPTHS / (DEPTHS - 1), "share": (index % LENGTHS + 1) / LENGTHS}
 
 
 def most_that_fit(make: Make, most: int, fits: Callable[[Row], bool]) -> int:
