@@ -116,15 +116,14 @@ def teacher_fingerprint(config: Config) -> dict[str, str]:
 def eval_fingerprints(settings: EvalConfig) -> dict[str, str]:
     """Content of the texts and rows that evaluation is told to read; ValueError if they are not there."""
     found = {}
-    for name in ("data_dir", "perplexity_text"):
-        path = getattr(settings, name)
-        if path:
+    for name in ("data_dir", "perplexity_text", "benchmark_data"):
+        given = getattr(settings, name)
+        if given:
+            path = data_folder(f"eval.{name}", given) if name == "benchmark_data" else Path(given).expanduser()
             try:
-                found[name] = fingerprint(Path(path).expanduser())
+                found[name] = fingerprint(path)
             except FileNotFoundError as error:
                 raise ValueError(f"eval.{name}: {error}") from error
-    if settings.benchmark_data:
-        found["benchmark_data"] = fingerprint(data_folder("eval.benchmark_data", settings.benchmark_data))
     return found
 
 

@@ -164,7 +164,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_the_same_scores(run, tmp_pa
     kept = plan.evaluate.folder / "converted" / "passkey.jsonl"
     assert kept.exists() and not kept.with_name("classification.jsonl").exists()
     with kept.with_name("classification.part").open("a") as stream:
-        stream.write('{"key": "cut o')
+        stream.write('\n{"key": "cut o')
     with pytest.raises(FileNotFoundError, match="stage 'evaluate' .* has not finished"):
         run_report(config)
     written = kept.stat().st_mtime_ns
@@ -324,6 +324,6 @@ def test_benchmarks_stand_beside_the_tasks(tmp_path):
         "## Benchmarks\n\n|  | questions | original | converted | healed |"
         in (plan.report.folder / "report.md").read_text()
     )
-    (tmp_path / "questions" / "openbookqa").rename(tmp_path / "elsewhere")
+    (tmp_path / "questions" / "openbookqa").rename(tmp_path / "questions" / "elsewhere")
     with pytest.raises(ValueError, match="holds no openbookqa/main"):
         run_evaluate(compose_config(tmp_path, *words, "force=true"))
