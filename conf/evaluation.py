@@ -30,6 +30,10 @@ BENCHMARKS = ("MMLU", "ARC", "PIQA", "HellaSwag", "OpenBookQA", "WinoGrande")
 LONGBENCH_V2 = "longbench_v2"  # 503 questions of four choices; only where it is named
 
 
+def require_bits(key: str, bits: list[int]) -> None:
+    require(set(bits) <= {2, 3, 4, 8}, f"{key}={bits}: a latent takes 2, 3, 4 or 8 bits")
+
+
 @dataclass
 class EvalConfig:
     """Scoring of original, converted and healed model on the same inputs."""
@@ -73,8 +77,7 @@ class EvalConfig:
             require(bool(self.data_dir), "eval.source=local needs eval.data_dir=<folder of <task>.jsonl files>")
         else:
             require(not self.data_dir, f"eval.data_dir has no effect with eval.source={self.source.value}; use local")
-        for bits in self.cache_bits:
-            require(bits in (2, 3, 4, 8), f"eval.cache_bits={self.cache_bits}: a latent takes 2, 3, 4 or 8 bits")
+        require_bits("eval.cache_bits", self.cache_bits)
         for name in ("limit", "benchmark_limit", "max_length", "batch_size", "perplexity_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"eval.{name}={value} must be positive")
@@ -113,6 +116,5 @@ class BenchConfig:
             require(bool(sizes) and min(sizes) >= 1, f"bench.{name}={sizes} must be one or more positive numbers")
         for name in ("steps", "rounds", "train_steps", "train_rounds"):
             require(getattr(self, name) >= 1, f"bench.{name}={getattr(self, name)} must be at least 1")
-        for bits in self.cache_bits:
-            require(bits in (2, 3, 4, 8), f"bench.cache_bits={self.cache_bits}: a latent takes 2, 3, 4 or 8 bits")
+        require_bits("bench.cache_bits", self.cache_bits)
         require(self.static_cache or not self.compile, "bench.compile=true needs bench.static_cache=true")

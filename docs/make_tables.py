@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eval.healing import times_fewer  # noqa: E402
+from eval.markdown import with_error  # noqa: E402
 from eval.results import MODELS  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
@@ -186,7 +187,7 @@ def benchmark_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]], 
     """Head, rows and the questions of each benchmark."""
     names = list(next(iter(found["benchmarks"].values())))
     rows = [
-        [model, *(f"{row[name]['score']:.1f} ± {row[name]['stderr']:.1f}" for name in names)]
+        [model, *(with_error(row[name]["score"], row[name]["stderr"]) for name in names)]
         for model, row in found["benchmarks"].items()
     ]
     first = next(iter(found["benchmarks"].values()))
@@ -314,12 +315,9 @@ def minilongbench() -> str:
     found = load("minilongbench")
     models = list(found["score"])
 
-    def cell(task: dict[str, Any], model: str) -> str:
-        error = task["stderr"][model]
-        return f"{task['score'][model]:.1f}" + ("" if error is None else f" ± {error:.1f}")
-
     rows = [
-        [name, str(task["rows"]), *(cell(task, model) for model in models)] for name, task in found["tasks"].items()
+        [name, str(task["rows"]), *(with_error(task["score"][model], task["stderr"][model]) for model in models)]
+        for name, task in found["tasks"].items()
     ]
     count = sum(task["rows"] for task in found["tasks"].values())
     rows.append([f"mean of {len(found['tasks'])}", str(count), *(f"{found['score'][model]:.1f}" for model in models)])

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from eval.picture import save
+from eval.picture import quiet_pyplot, save
 
 COLOURS = ("#444444", "#c44e52", "#2a6fbb", "#8172b3", "#937860", "#55a868", "#da8bc3", "#ccb974", "#8c8c8c", "#64b5cd")
 LINES = ("-", "--", ":", "-.")
@@ -11,11 +11,7 @@ LINES = ("-", "--", ":", "-.")
 
 def draw_bench(result: dict[str, Any], file: Path) -> None:
     """One line a variant and batch over the contexts, or bars where there is one context only."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = quiet_pyplot()
     names = list(dict.fromkeys(name for place in result["grid"] for name in place["variants"]))
     contexts = sorted({place["context"] for place in result["grid"]})
     batches = sorted({place["batch"] for place in result["grid"]})

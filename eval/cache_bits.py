@@ -56,11 +56,8 @@ def stock_cache(backend: str, config: Any) -> Cache:
     return QuantizedCache(backend, config, nbits=STOCK_BITS, q_group_size=group, residual_length=32)
 
 
-def measure_stock(
-    model: Any, windows: torch.Tensor, original: int, whole: float, on_row: Callable[[dict], None]
-) -> list[dict[str, Any]]:
-    """A row for every backend that is installed and takes these sizes; what others say is printed."""
-    layers, rows = model.config.num_hidden_layers, []
+def measure_stock(model: Any, windows: torch.Tensor, add: Callable[..., None]) -> None:
+    """Adds a row for every backend that is installed and takes these sizes; what others say is printed."""
     for backend in ("fp8", "quanto", "hqq"):
         try:
             cache = stock_cache(backend, model.config)
@@ -71,11 +68,7 @@ def measure_stock(
             continue
         held = cache_bytes(cache) / (windows.shape[0] * (windows.shape[1] - 1))
         bits = 8 if backend == "fp8" else STOCK_BITS
-        row = {"stock": backend, "bits": bits, "rope_bits": bits, "calibrated": False, "rotated": False}
-        row |= {"perplexity": found, "against_whole": found / whole, "bytes_per_token": held}
-        rows.append(row | {"tokens_kept_whole": None, "reduction": 1 - held / (2 * original * layers)})
-        on_row(rows[-1])
-    return rows
+        add(held, found, None, stock=backend, bits=bits, rope_bits=bits)
 
 
 @torch.inference_mode()
@@ -126,35 +119,32 @@ def measure(
     layers = model.config.num_hidden_layers
     numbers = sum(layer.kv_lora_rank + layer.rope_dim for layer in attention_layers(model))
     whole = decoding_perplexity(model, windows, DynamicCache(), "whole")
-    rows: list[dict[str, Any]] = [
-        {"bits": 16, "rope_bits": 16, "calibrated": False, "rotated": False, "perplexity": whole}
-        | {"bytes_per_token": 2.0 * numbers, "tokens_kept_whole": None}
-    ]
-    rows[0]["reduction"] = 1 - rows[0]["bytes_per_token"] / (2 * original * layers)
-    on_row(rows[0])
+    rows: list[dict[str, Any]] = []
+
+    def add(held: float, found: float, kept: int | None, **settings: Any) -> None:
+        row = {"calibrated": False, "rotated": False, **settings}
+        row |= {"perplexity": found, "against_whole": found / whole, "bytes_per_token": held}
+        rows.append(row | {"tokens_kept_whole": kept, "reduction": 1 - held / (2 * original * layers)})
+        on_row(rows[-1])
+
+    def add_coded(bits: int, rope_bits: int, ranges: list[LayerRanges] | None, **settings: Any) -> None:
+        cache = QuantizedLatentCache(model.config, bits, rope_bits, ranges=ranges)
+        found = decoding_perplexity(model, windows, cache, f"{bits} bits")
+        held, kept = bytes_a_token(cache)
+        add(held, found, kept, bits=bits, rope_bits=rope_bits, calibrated=ranges is not None, **settings)
+
+    add(2.0 * numbers, whole, None, bits=16, rope_bits=16)
     if stock:
-        rows += measure_stock(model, windows, original, whole, on_row)
+        measure_stock(model, windows, add)
     for rotated in (False, True):
         if rotated:
             rotate_latents(model)
         for bits, rope_bits, calibrated in SETTINGS:
             ranges = calibrate_ranges(model, batches, bits, rope_bits) if calibrated else None
-            cache = QuantizedLatentCache(model.config, bits, rope_bits, ranges=ranges)
-            found = decoding_perplexity(model, windows, cache, f"{bits} bits")
-            held, kept = bytes_a_token(cache)
-            row = {"bits": bits, "rope_bits": rope_bits, "calibrated": calibrated, "rotated": rotated}
-            row |= {"perplexity": found, "against_whole": found / whole, "bytes_per_token": held}
-            row |= {"tokens_kept_whole": kept, "reduction": 1 - held / (2 * original * layers)}
-            rows.append(row)
-            on_row(row)
+            add_coded(bits, rope_bits, ranges, rotated=rotated)
         if not rotated:
             wrong = [one_range(layer, 4) for layer in calibrate_ranges(model, batches, 4, 8)]
-            cache = QuantizedLatentCache(model.config, 4, 8, ranges=wrong)
-            found = decoding_perplexity(model, windows, cache, "control")
-            rows.append(rows[-1] | {"bits": 4, "rope_bits": 8, "control": True, "perplexity": found})
-            rows[-1] |= {"against_whole": found / whole, "bytes_per_token": bytes_a_token(cache)[0]}
-            rows[-1]["reduction"] = 1 - rows[-1]["bytes_per_token"] / (2 * original * layers)
-            on_row(rows[-1])
+            add_coded(4, 8, wrong, control=True)
     return rows
 
 
@@ -170,7 +160,7 @@ def one_range(ranges: LayerRanges, bits: int) -> LayerRanges:
 def show(row: dict[str, Any]) -> None:
     ranges = "calibrated" if row["calibrated"] else "by token" if row["bits"] < 16 else ""
     ranges = "one range" if row.get("control") else row.get("stock", ranges)
-    change = f"{100 * (row['against_whole'] - 1):+.1f} %" if "against_whole" in row else ""
+    change = "" if row["bits"] == 16 else f"{100 * (row['against_whole'] - 1):+.1f} %"
     print(
         f"{row['bits']:>4}{row['rope_bits']:>6}  {ranges:<12}{'rotated' if row['rotated'] else '':<9}"
         f"{row['bytes_per_token']:>9,.0f}{-100 * row['reduction']:>9.2f} %{row['perplexity']:>11,.2f}{change:>10}",

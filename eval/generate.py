@@ -38,10 +38,7 @@ class CacheReading:
 
     def add(self, cache: Any, batch: int) -> None:
         held = cache_bytes(cache)
-        self.bytes += held
-        self.positions += batch * cache.get_seq_length()
-        self.layers = len(cache.layers)
-        self.largest = max(self.largest, held)
+        self.join(CacheReading(held, batch * cache.get_seq_length(), len(cache.layers), held))
 
     def join(self, other: "CacheReading") -> None:
         self.bytes += other.bytes

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from conf.stage import read_record, write_json
-from eval.picture import log_perplexity
+from eval.picture import log_perplexity, quiet_pyplot, save
 
 SETTINGS = ("loss", "trainable", "learning_rate", "global_batch_size")
 
@@ -87,11 +87,7 @@ def times_fewer(saved: dict[str, Any]) -> str:
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """One panel a cache size, one line a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = quiet_pyplot()
     cuts = sorted({row["reduction"] for row in rows})
     figure, panels = pyplot.subplots(
         1, len(cuts), figsize=(1.5 + 4.6 * len(cuts), 4.6), dpi=130, layout="constrained", squeeze=False, sharey=True
@@ -116,8 +112,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.margins(x=0.12)
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(file, format="png")
-    pyplot.close(figure)
+    save(figure, file)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from eval.builtin import DEPTHS, LENGTHS
-from eval.picture import save
+from eval.picture import quiet_pyplot, save
 
 
 def draw_needles(found: dict[str, list[list[float]]], file: Path) -> bool:
@@ -13,12 +13,9 @@ def draw_needles(found: dict[str, list[list[float]]], file: Path) -> bool:
     """
     if not found:
         return False
-    import matplotlib
-
-    matplotlib.use("Agg")
     import numpy
-    from matplotlib import pyplot
 
+    pyplot = quiet_pyplot()
     size = (2.4 * len(found) + 1.4, 2.9)
     figure, panels = pyplot.subplots(1, len(found), figsize=size, dpi=130, layout="constrained", squeeze=False)
     image = None

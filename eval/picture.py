@@ -18,11 +18,7 @@ def draw(points: list[Result], file: Path, title: str) -> None:
 
     A value that is missing is not drawn; nothing is drawn as zero. A grey line joins a point's two models.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = quiet_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=12)
     for axes in (left, right):
@@ -60,11 +56,7 @@ def draw_healing(history: dict[str, Any], original: dict[str, float | None], fil
     rows = [row for row in history.get("validation", []) if "tokens" in row]
     if len(rows) < 2:
         return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = quiet_pyplot()
     others = [text for text in original if text != "validation"]
     curves = {"validation": "perplexity"} | ({others[0]: "text_perplexity"} if others else {})
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=130, layout="constrained")
@@ -83,13 +75,21 @@ def draw_healing(history: dict[str, Any], original: dict[str, float | None], fil
     return True
 
 
-def save(figure: Any, file: Path) -> None:
-    """Write and close a figure; the file appears only when it is whole."""
+def quiet_pyplot() -> Any:
+    """pyplot that draws into files, with or without a display; loaded when there is something to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write and close a figure; the file appears only when it is whole."""
     temporary = file.with_name(file.name + ".tmp")
     figure.savefig(temporary, format="png")
-    pyplot.close(figure)
+    quiet_pyplot().close(figure)
     temporary.replace(file)
 
 

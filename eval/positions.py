@@ -25,6 +25,7 @@ from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
 from eval.arguments import named_checkpoints
 from eval.perplexity import HEAD_TOKENS
+from eval.picture import quiet_pyplot, save
 
 SHORTEST = 256  # tokens of the first range
 
@@ -88,11 +89,7 @@ def measure(models: dict[str, Path], documents: list[torch.Tensor]) -> dict[str,
 
 def draw(rows: dict[str, list[float]], places: list[tuple[int, int]], file: Path) -> None:
     """Ratio to the first model over the end of each range of positions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = quiet_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=130, layout="constrained")
     reference = next(iter(rows.values()))
     for name, values in rows.items():
@@ -105,8 +102,7 @@ def draw(rows: dict[str, list[float]], places: list[tuple[int, int]], file: Path
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.legend(frameon=False)
-    figure.savefig(file, format="png")
-    pyplot.close(figure)
+    save(figure, file)
 
 
 def main() -> None:

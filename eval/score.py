@@ -121,43 +121,18 @@ def score_task(
     """Generate, score and keep every row of one task; batches that a killed run has finished are taken from it."""
     started, task, reading = time.time(), each.task, CacheReading()
     kept: list[dict[str, Any]] = [{} for _ in each.rows]
-    partial = outputs.with_suffix(".part")
-    done = finished_batches(partial, f"{each.digest} {task.version}")
+    partial, key = outputs.with_suffix(".part"), f"{each.digest} {task.version}"
+    done = finished_batches(partial, key)
     for batch in batches([len(prompt.ids) for prompt in each.prompts], batch_size):
-        prompts = [each.prompts[index].ids for index in batch]
-        progress.advance(sum(len(ids) for ids in prompts))
-        if tuple(batch) in done:
-            found = done[tuple(batch)]
-            reading.join(CacheReading(**found["cache"]))
-            for index, row in zip(batch, found["rows"], strict=True):
-                kept[index] = row
-            continue
-        own = CacheReading()
-        texts = generate(
-            model,
-            inputs.tokenizer,
-            prompts,
-            task.max_new_tokens,
-            inputs.stops,
-            own,
-            first_line=task.first_line and not task.newline_ends,
-            newline_ends=task.newline_ends,
-            new_cache=new_cache,
-        )
-        for index, text in zip(batch, texts, strict=True):
-            row, prompt = each.rows[index], each.prompts[index]
-            kept[index] = {
-                "_id": row["_id"],
-                "prompt_tokens": len(prompt.ids),
-                "truncated": prompt.truncated,
-                "answers": row["answers"],
-                "output": text,
-                "score": task.score(row, text),
-            } | {key: row[key] for key in ("depth", "share") if key in row}
-        reading.join(own)
-        line = {"key": f"{each.digest} {task.version}", "batch": batch, "rows": [kept[index] for index in batch]}
-        with partial.open("a") as stream:  # a line begins with its end: what a kill has cut off stays alone
-            stream.write("\n" + json.dumps(line | {"cache": asdict(own)}))
+        found = done.get(tuple(batch))
+        if found is None:
+            found = score_batch(model, each, batch, inputs, new_cache)
+            with partial.open("a") as stream:  # a line begins with its end: what a kill has cut off stays alone
+                stream.write("\n" + json.dumps({"key": key, "batch": batch} | found))
+        reading.join(CacheReading(**found["cache"]))
+        for index, row in zip(batch, found["rows"], strict=True):
+            kept[index] = row
+        progress.advance(sum(len(each.prompts[index].ids) for index in batch))
     write_lines(outputs, kept)
     partial.unlink(missing_ok=True)
     score = 100 * sum(row["score"] for row in kept) / len(kept)
@@ -179,6 +154,35 @@ def score_task(
         },
         "seconds": round(time.time() - started, 1),
     }
+
+
+def score_batch(model: Any, each: TaskInputs, batch: list[int], inputs: Inputs, new_cache: NewCache) -> dict[str, Any]:
+    """Rows of these indices with output and score, and what the cache held for them."""
+    task, reading = each.task, CacheReading()
+    texts = generate(
+        model,
+        inputs.tokenizer,
+        [each.prompts[index].ids for index in batch],
+        task.max_new_tokens,
+        inputs.stops,
+        reading,
+        first_line=task.first_line and not task.newline_ends,
+        newline_ends=task.newline_ends,
+        new_cache=new_cache,
+    )
+    rows = []
+    for index, text in zip(batch, texts, strict=True):
+        row, prompt = each.rows[index], each.prompts[index]
+        kept = {
+            "_id": row["_id"],
+            "prompt_tokens": len(prompt.ids),
+            "truncated": prompt.truncated,
+            "answers": row["answers"],
+            "output": text,
+            "score": task.score(row, text),
+        }
+        rows.append(kept | {name: row[name] for name in ("depth", "share") if name in row})
+    return {"rows": rows, "cache": asdict(reading)}
 
 
 def finished_batches(file: Path, key: str) -> dict[tuple[int, ...], dict[str, Any]]:

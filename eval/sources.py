@@ -16,6 +16,7 @@ from eval.tasks import Row, Task, task_table
 
 REQUIRED = ("_id", "input", "context", "answers", "all_classes")
 HUB_REPOSITORY, HUB_FILE = "THUDM/LongBench", "data.zip"
+READERS = {LONGBENCH_V2: longbench_v2.read}  # of files that are not JSON lines
 
 
 def load_rows(config: EvalConfig, fits: Callable[[Task, str], bool]) -> list[tuple[Task, list[Row]]]:
@@ -48,10 +49,7 @@ def local_reader(config: EvalConfig) -> Iterable[tuple[str, list[Row]]]:
         wanted = ", ".join(files[name].name for name in missing) or "<task>.jsonl"
         raise ValueError(f"eval.data_dir={folder}: {wanted} not found; {has}")
     wanted_tasks = config.tasks or [name for name in there if name != LONGBENCH_V2] or there
-    return [
-        (name, longbench_v2.read(file) if (file := files[name]).suffix == ".json" else read_rows(file))
-        for name in wanted_tasks
-    ]
+    return [(name, READERS.get(name, read_rows)(files[name])) for name in wanted_tasks]
 
 
 def read_rows(file: Path) -> list[Row]:

@@ -145,9 +145,9 @@ class States:
         return torch.cat([self.first, *coded, self.latest], 2)
 
     @cached_property
-    def whole(self) -> torch.Tensor:
-        """First and latest tokens side by side, [B, F + L, n]."""
-        return torch.cat((self.first, self.latest), 2)[:, 0]
+    def whole(self) -> Whole:
+        """First and latest tokens side by side."""
+        return Whole(torch.cat((self.first, self.latest), 2)[:, 0])
 
     @cached_property
     def coded(self) -> Coded | Whole:
@@ -155,7 +155,7 @@ class States:
 
     def dot(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, Q, S] from rows [B, Q, n]."""
-        whole = rows @ self.whole.mT
+        whole = self.whole.dot(rows)
         if not self.store.length:
             return whole
         return torch.cat((whole[:, :, : self.sinks], self.coded.dot(rows), whole[:, :, self.sinks :]), 2)
@@ -163,9 +163,9 @@ class States:
     def mix(self, weights: torch.Tensor) -> torch.Tensor:
         """[B, Q, n] from weights [B, Q, S]."""
         if not self.store.length:
-            return weights @ self.whole
+            return self.whole.mix(weights)
         first, coded, latest = weights.split([self.sinks, self.store.length, self.latest.shape[2]], 2)
-        return torch.cat((first, latest), 2) @ self.whole + self.coded.mix(coded)
+        return self.whole.mix(torch.cat((first, latest), 2)) + self.coded.mix(coded)
 
 
 class QuantizedLatentLayer(DynamicLayer):

@@ -50,4 +50,6 @@ def test_a_peak_is_counted_from_when_it_was_reset() -> None:
         pytest.skip("this system cannot reset the peak of a process")
     assert peak_bytes(cpu) - before < 1 << 26
     torch.zeros(1 << 27, dtype=torch.uint8).fill_(1)
-    assert 1 << 26 < peak_bytes(cpu) - before < 1 << 28
+    grown = peak_bytes(cpu) - before
+    assert grown > 1 << 26
+    assert grown < 1 << 28
