@@ -83,6 +83,7 @@ class MLAConfig:
     value_weight: float = 0.35  # λ of low_rank=attention
     rank_allocation: str = "uniform"  # a name of mha2mla/allocation.py
     q_lora_rank: int | None = None
+    layers: str = "all"  # or full-attention: those of a sliding window stay as they are
     reconstruction_steps: int = 0  # a layer, on the calibration text, after the closed form (mha2mla/reconstruct.py)
     reconstruction_learning_rate: float = 1e-3
 

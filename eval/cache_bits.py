@@ -29,7 +29,7 @@ from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
 from data.windows import text_windows
 from mha2mla import QuantizedLatentCache, cache_bytes, calibrate_ranges, rotate_latents
-from mha2mla.families import attention_layers
+from mha2mla.families import latent_layers
 from mha2mla.quantization import Range
 from mha2mla.quantized_cache import LayerRanges
 
@@ -117,7 +117,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row a setting, the whole cache first, then transformers' own if wanted. Turns the model's latents."""
     layers = model.config.num_hidden_layers
-    numbers = sum(layer.kv_lora_rank + layer.rope_dim for layer in attention_layers(model))
+    numbers = sum(layer.cached_size for _, layer in latent_layers(model))
     whole = decoding_perplexity(model, windows, DynamicCache(), "whole")
     rows: list[dict[str, Any]] = []
 

@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from conf.memory import held_bytes, peak_bytes, reset_peak
 from conf.timing import seconds_of
 from mha2mla import cache_bytes
-from mha2mla.families import attention_layers
+from mha2mla.families import attention_layers, geometry_of
 from mha2mla.modeling.attention_mla import MLAAttention
 
 NewCache = Callable[[int], Cache]  # an empty cache for so many tokens
@@ -91,9 +91,10 @@ class Decoding:
         config, variant = self.variant.model.config, self.variant
         for layer, attention in enumerate(attention_layers(variant.model)):
             if isinstance(attention, MLAAttention):
-                shapes = [(1, attention.kv_lora_rank), (1, attention.rope_dim)]
+                shapes = [(1, attention.kv_lora_rank), (1, attention.cached_size - attention.kv_lora_rank)]
             else:
-                shapes = [(config.num_key_value_heads, config.head_dim)] * 2
+                geometry = geometry_of(config)
+                shapes = [(geometry.num_kv_heads, geometry.head_dim)] * 2
             states = [
                 torch.randn(self.batch, heads, context, size, device=variant.device, dtype=variant.dtype)
                 for heads, size in shapes

@@ -12,15 +12,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from mha2mla.cache import cache_bytes
 from mha2mla.convert import ConversionReport, convert, needs_calibration, resolve_options
 from mha2mla.families import FAMILIES, register
-from mha2mla.modeling.configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig
-from mha2mla.modeling.modeling_mla import (
-    LlamaMLAForCausalLM,
-    LlamaMLAModel,
-    MistralMLAForCausalLM,
-    MistralMLAModel,
-    Qwen2MLAForCausalLM,
-    Qwen2MLAModel,
-)
 from mha2mla.options import ConversionOptions
 from mha2mla.quantized_cache import QuantizedLatentCache, calibrate_ranges, rotate_latents
 from mha2mla.reconstruct import reconstruct
@@ -33,15 +24,6 @@ __all__ = [
     "FAMILIES",
     "ConversionOptions",
     "ConversionReport",
-    "LlamaMLAConfig",
-    "LlamaMLAForCausalLM",
-    "LlamaMLAModel",
-    "MistralMLAConfig",
-    "MistralMLAForCausalLM",
-    "MistralMLAModel",
-    "Qwen2MLAConfig",
-    "Qwen2MLAForCausalLM",
-    "Qwen2MLAModel",
     "QuantizedLatentCache",
     "Statistics",
     "__version__",

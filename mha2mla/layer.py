@@ -1,7 +1,7 @@
-"""One attention layer's weights, from q/k/v/o projections to those of latent attention.
+"""One attention layer's weights, from a family's projections to those of latent attention.
 
-Shapes: d hidden size, H query heads, G key/value heads, D head size, F = D / 2 rotary pairs (pair f is the numbers
-f and f + F of a head), N rotated keys, P numbers of each, K unrotated numbers of a head, r latent size.
+Shapes: d hidden size, H query heads, G key/value heads, D head size, F rotary pairs (pair f is the numbers f and f + F
+of a head), N rotated keys, P numbers of each, K unrotated numbers of a head, r latent size.
 Biases ride along as one more input: weights here are [..., d + 1] until they are written out.
 """
 
@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
-from mha2mla import low_rank
+from mha2mla import low_rank, normed
 from mha2mla.options import ConversionOptions, Geometry
-from mha2mla.rotation import Parts, Rotation, choose_rotation
+from mha2mla.projections import Projections, read_projections
+from mha2mla.rotation import Rotation, choose_rotation
 from mha2mla.statistics import LayerStatistics
+
+State = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -29,13 +32,15 @@ class LayerReport:
 
 @dataclass
 class LayerCut:
-    """A layer before it is factored: its rows [heads, D, d + 1], what rotates of them and what does not."""
+    """A layer before it is factored: what becomes the latent, and the state of all that does not.
 
-    parts: Parts
+    query [H * (K + P), d + 1]; down_rows [R, d]: rotated keys, which follow the latent in one projection.
+    """
+
     stack: low_rank.Stack
-    value: torch.Tensor  # [G, D, d + 1]
-    output: torch.Tensor  # [d, H * D]
-    moment: torch.Tensor | None  # [d + 1, d + 1]
+    query: torch.Tensor
+    down_rows: torch.Tensor
+    state: State
 
 
 def cut_layer(
@@ -45,20 +50,47 @@ def cut_layer(
     rotation: Rotation,
     statistics: LayerStatistics | None,
 ) -> LayerCut:
-    """A layer's weights in the chosen basis, split into rotated pairs and the stack that becomes the latent."""
-    heads, groups, size = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
+    """A layer's weights in the chosen basis, split into what rotates and the stack that becomes the latent."""
+    return cut_projections(read_projections(attention, geometry), geometry, options, rotation, statistics)
+
+
+def cut_projections(
+    whole: Projections,
+    geometry: Geometry,
+    options: ConversionOptions,
+    rotation: Rotation,
+    statistics: LayerStatistics | None,
+) -> LayerCut:
+    heads, groups = geometry.num_heads, geometry.num_kv_heads
     assert options.kv_lora_rank is not None
-    query, key = rows_of(attention.q_proj, heads, size), rows_of(attention.k_proj, groups, size)
-    value, output = rows_of(attention.v_proj, groups, size), attention.o_proj.weight.detach().float()
     moment = None if statistics is None else input_moment(statistics)
-    parts = choose_rotation(query, key, geometry, options, rotation, statistics, moment)
-    key_rest, value_rest = parts.key_rest[..., :-1], value[..., :-1]
-    stack = low_rank.Stack(key_rest, value_rest, options.kv_lora_rank, value_weight=options.value_weight)
-    if moment is not None:
+    state: State
+    if whole.norms is None:
+        parts = choose_rotation(whole.query, whole.key, geometry, options, rotation, statistics, moment)
+        query = torch.cat((parts.query_rest, parts.query_rotated), dim=1).flatten(0, 1)
+        key_rest, down_rows = parts.key_rest, parts.key_rotated[:, :-1]
+        state = {"rope_pair_index": parts.pair_index}
+        if whole.biased:
+            last = "q_proj" if options.q_lora_rank is None else "q_b_proj"
+            state[f"{last}.bias"] = query[:, -1]
+            # A bias on unrotated keys moves all scores of a query alike: softmax drops it.
+            rotated = parts.key_rotated[:, -1]
+            state["kv_a_proj_with_mqa.bias"] = torch.cat((rotated.new_zeros(options.kv_lora_rank), rotated))
+    else:
+        key_rest, state = normed.cut(whole, geometry, options, rotation, statistics, moment)
+        query, down_rows = whole.query.flatten(0, 1), whole.key.new_zeros(0, geometry.hidden_size)
+    stack = low_rank.Stack(
+        key_rest[..., :-1], whole.value[..., :-1], options.kv_lora_rank, value_weight=options.value_weight
+    )
+    if statistics is not None and moment is not None:
+        if statistics.query_moment is None:
+            query_moment = head_moments(parts.query_rest, moment)
+        else:
+            query_moment = statistics.query_moment
         stack.input_moment = moment[:-1, :-1]
-        stack.query_moment = by_group(head_moments(parts.query_rest, moment), groups)
-        stack.output_gram = by_group(head_grams(output, heads), groups)
-    return LayerCut(parts, stack, value, output, moment)
+        stack.query_moment = by_group(query_moment, groups)
+        stack.output_gram = by_group(head_grams(whole.output, heads), groups)
+    return LayerCut(stack, query, down_rows, state)
 
 
 def convert_layer(
@@ -68,34 +100,27 @@ def convert_layer(
     rotation: Rotation,
     statistics: LayerStatistics | None,
     dtype: torch.dtype | None = None,
-) -> tuple[dict[str, torch.Tensor], LayerReport]:
+) -> tuple[State, LayerReport]:
     """State of an `MLAAttention` that stands for `attention`, and how much the factoring lost."""
-    dtype = dtype or attention.q_proj.weight.dtype
+    dtype = dtype or next(attention.parameters()).dtype
     heads, groups, size = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
-    assert options.kv_lora_rank is not None
-    cut = cut_layer(attention, geometry, options, rotation, statistics)
-    parts, stack, value, output, moment = cut.parts, cut.stack, cut.value, cut.output, cut.moment
-    key_rest = stack.key
+    whole = read_projections(attention, geometry)
+    cut = cut_projections(whole, geometry, options, rotation, statistics)
+    stack = cut.stack
     down, up = low_rank.STRATEGIES[options.low_rank](stack)
-    up_key, up_value = up.split([key_rest.shape[0] * key_rest.shape[1], groups * size])
+    up_key, up_value = up.split([stack.key.shape[0] * stack.key.shape[1], groups * size])
     up_heads = torch.cat((up_key.unflatten(0, (groups, -1)), up_value.unflatten(0, (groups, -1))), dim=1)
 
-    whole_query = torch.cat((parts.query_rest, parts.query_rotated), dim=1).flatten(0, 1)
-    state = query_state(whole_query[:, :-1], options.q_lora_rank, moment)
-    state["kv_a_proj_with_mqa.weight"] = torch.cat((down, parts.key_rotated[:, :-1]))
+    state = cut.state | query_state(cut.query[:, :-1], options.q_lora_rank, stack.input_moment)
+    state["kv_a_proj_with_mqa.weight"] = torch.cat((down, cut.down_rows))
     state["kv_b_proj.weight"] = up_heads.flatten(0, 1)
-    state["o_proj.weight"] = output
-    if attention.q_proj.bias is not None:
-        last = "q_proj" if options.q_lora_rank is None else "q_b_proj"
-        state[f"{last}.bias"] = whole_query[:, -1]
-        # A bias on unrotated keys is the same for every key and moves all scores of a query alike: softmax drops it.
-        rotated_bias = parts.key_rotated[:, -1]
-        state["kv_a_proj_with_mqa.bias"] = torch.cat((rotated_bias.new_zeros(options.kv_lora_rank), rotated_bias))
+    state["o_proj.weight"] = whole.output
+    if whole.biased or whole.output_bias is not None:
         # A value bias comes through attention unchanged, since its weights sum to one: it belongs to the output.
-        passed = output @ value[..., -1].repeat_interleave(heads // groups, 0).flatten()
-        state["o_proj.bias"] = passed if attention.o_proj.bias is None else passed + attention.o_proj.bias.detach()
-    state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
-    state["rope_pair_index"] = parts.pair_index.to(output.device)
+        passed = whole.output @ whole.value[..., -1].repeat_interleave(heads // groups, 0).flatten()
+        state["o_proj.bias"] = passed if whole.output_bias is None else passed + whole.output_bias
+    state = {name: tensor if tensor.dtype == torch.int64 else tensor.to(dtype) for name, tensor in state.items()}
+    state = {name: tensor.to(whole.output.device).contiguous() for name, tensor in state.items()}
 
     weight = stack.rows
     difference = weight - up @ down
@@ -105,15 +130,8 @@ def convert_layer(
         key_error=relative(difference[:keys], weight[:keys]),
         value_error=relative(difference[keys:], weight[keys:]),
         activation_error=None if stack.input_moment is None else weighted(difference, weight, stack.input_moment),
-        rotated_pairs=parts.pair_index.tolist(),
+        rotated_pairs=state["rope_pair_index"].tolist(),
     )
-
-
-def rows_of(projection: Any, heads: int, size: int) -> torch.Tensor:
-    """Weight and bias (zero if there is none) of a projection, [heads, D, d + 1] in float32."""
-    weight = projection.weight.detach().float()
-    bias = weight.new_zeros(len(weight)) if projection.bias is None else projection.bias.detach().float()
-    return torch.cat((weight, bias[:, None]), dim=1).view(heads, size, -1)
 
 
 def input_moment(statistics: LayerStatistics) -> torch.Tensor:
@@ -143,14 +161,14 @@ def by_group(matrices: torch.Tensor, groups: int) -> torch.Tensor:
 def query_state(weight: torch.Tensor, rank: int | None, moment: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """The query projection whole, or as two factors (DeepSeek-V2, section 2.1.2; no norm stands between them here).
 
-    With statistics the factors fit the queries of real inputs, without them the weights.
+    With the input's moment [d, d] the factors fit the queries of real inputs, without it the weights.
     """
     if rank is None:
         return {"q_proj.weight": weight}
     if moment is None:
         down, up = low_rank.truncated_svd(weight, rank)
     else:
-        down, up = low_rank.weighted_svd(weight, low_rank.Weights(moment[:-1, :-1], None), rank)
+        down, up = low_rank.weighted_svd(weight, low_rank.Weights(moment, None), rank)
     return {"q_a_proj.weight": down, "q_b_proj.weight": up}
 
 

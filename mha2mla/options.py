@@ -5,21 +5,34 @@ from typing import Any
 
 # Choices of pairs that keep as many of every key head.
 PER_HEAD = {"high", "low", "uniform", "2-norm"}
+LAYERS = ("all", "full-attention")
 DEFAULT_REDUCTION = 0.6875  # the paper's first setting: 24 + 96 of 384 numbers on SmolLM-135M
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Attention sizes of the original model: d, H, G, D, and F rotary pairs a head."""
+    """Attention sizes of the original model: d, H, G, D, and F rotary pairs a head.
+
+    rotary_dim: numbers of a head that rotate, 2 F; 0: all of them.
+    key_scales: numbers that the latent cache holds a token a layer for norms on keys: 0 without, 1 for one over all
+        heads, else G.
+    """
 
     hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rotary_dim: int = 0
+    key_scales: int = 0
 
     @property
     def num_pairs(self) -> int:
-        return self.head_dim // 2
+        return (self.rotary_dim or self.head_dim) // 2
+
+    @property
+    def rotary_size(self) -> int:
+        """Numbers of all keys of a token that rotate: the largest R."""
+        return 2 * self.num_pairs * self.num_kv_heads
 
     @property
     def key_size(self) -> int:
@@ -48,7 +61,8 @@ class ConversionOptions:
     kv_lora_rank: r, size of the latent; None: what `reduction` leaves after R.
     reduction: wanted cut of the cache as a fraction, used only where kv_lora_rank is None; default 0.6875.
     partial_rope: which pairs keep their rotation, a name of `mha2mla.partial_rope.STRATEGIES`.
-    rope_basis: the basis that pairs are chosen in, a name of `mha2mla.basis.STRATEGIES`.
+    rope_basis: the basis that pairs are chosen in, a name of `mha2mla.basis.STRATEGIES`; always `heads` where every
+        key head has a norm of its own.
     frequency_folding: neighbouring frequencies that share a basis and rotate as one; 1: each has its own. More are an
         approximation, which does not vanish at full budget.
     expected_rotation: pairs that stop rotating get their mean rotation over near distances instead of none.
@@ -57,6 +71,7 @@ class ConversionOptions:
     rank_allocation: how the layers share the latents' budget, a name of `mha2mla.allocation.STRATEGIES`; all but
         `uniform` give each layer its own rank, of which kv_lora_rank is then the mean.
     q_lora_rank: rank of a factored query projection; None keeps it whole.
+    layers: `all`, or `full-attention` to leave the layers of a sliding window as they are, whose cache is short.
     """
 
     rope_dim: int | None = None
@@ -70,6 +85,7 @@ class ConversionOptions:
     value_weight: float = 0.35
     rank_allocation: str = "uniform"
     q_lora_rank: int | None = None
+    layers: str = "all"
 
     @classmethod
     def from_config(cls, config: Any) -> "ConversionOptions":
@@ -83,10 +99,20 @@ class ConversionOptions:
                 f"kv_lora_rank={self.kv_lora_rank} and reduction={self.reduction} both say how large the latent is; "
                 "give one of them"
             )
+        if self.layers not in LAYERS:
+            raise ValueError(f"layers={self.layers!r} is unknown; choose one of: {', '.join(LAYERS)}")
         if self.frequency_folding < 1 or geometry.num_pairs % self.frequency_folding:
             raise ValueError(
                 f"frequency_folding={self.frequency_folding} must divide the {geometry.num_pairs} frequencies of a head"
             )
+        if geometry.key_scales and self.frequency_folding > 1:
+            raise ValueError(
+                f"frequency_folding={self.frequency_folding} mixes frequencies, which this model's norms on queries "
+                "and keys multiply apart; use frequency_folding=1"
+            )
+        if geometry.key_scales > 1 and self.rope_basis != "heads":
+            # Every key head has a scale of its own a token: only heads as they are come out of the latent exactly.
+            return replace(self, rope_basis="heads").resolve(geometry)
         rope_dim = self._rope_dim(geometry)
         rank, full = self._rank(geometry, rope_dim), geometry.full_rank(rope_dim, self.low_rank)
         if not 1 <= rank <= full:
@@ -105,13 +131,13 @@ class ConversionOptions:
         step = 2 * geometry.num_kv_heads if self.partial_rope in PER_HEAD else 2  # a pair for each key/value head
         rope_dim = self.rope_dim
         if rope_dim is None and self.partial_rope in PER_HEAD:
-            rope_dim = max(step, geometry.key_size // 8 // step * step)
+            rope_dim = max(step, min(geometry.rotary_size, geometry.key_size // 8 // step * step))
         elif rope_dim is None:
             rope_dim = self._share_of_budget(geometry)
-        if not 0 < rope_dim <= geometry.key_size:
+        if not 0 < rope_dim <= geometry.rotary_size:
             raise ValueError(
-                f"rope_dim={rope_dim} is outside 2..{geometry.key_size} (G·D = "
-                f"{geometry.num_kv_heads}·{geometry.head_dim}, where every pair rotates)"
+                f"rope_dim={rope_dim} is outside 2..{geometry.rotary_size} (G·D = "
+                f"{geometry.num_kv_heads}·{2 * geometry.num_pairs}, where every pair rotates)"
             )
         if rope_dim % step:
             below = max(step, rope_dim // step * step)
@@ -127,7 +153,7 @@ class ConversionOptions:
 
     def _budget(self, geometry: Geometry) -> int:
         """R + r, where a reduction says how large the cache may be."""
-        return int(geometry.cache_size * (1 - self._cut))
+        return int(geometry.cache_size * (1 - self._cut)) - geometry.key_scales
 
     def _share_of_budget(self, geometry: Geometry) -> int:
         """A quarter of R + r, up to a third where that is less than an eighth of the keys, in whole eights where they
@@ -139,9 +165,9 @@ class ConversionOptions:
         budget = self._budget(geometry) if self.kv_lora_rank is None else self.kv_lora_rank * 3 // 2
         if self.partial_rope != "evenly-spaced":
             share = max(budget // 4, min(geometry.key_size // 8, budget // 3))
-            share = min(share, geometry.key_size)
+            share = min(share, geometry.rotary_size)
             return share // 8 * 8 if share >= 8 else max(2, share // 2 * 2)
-        size = geometry.head_dim
+        size = 2 * geometry.num_pairs
         while size > max(2, 0.55 * budget) and size % 4 == 0:
             size //= 2
         return size

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mha2mla import quantization
-from mha2mla.families import attention_layers
+from mha2mla.families import latent_layers
 from mha2mla.quantization import Coded, Range
 
 CHUNK = 2048  # tokens that are coded at once: it takes many times the memory of their codes
@@ -275,9 +275,13 @@ class QuantizedLatentCache(Cache):
         ranges: list[LayerRanges] | None = None,
     ) -> None:
         layers: list[Any] = []
-        rope_dim = config.rope_dim
+        rope_dim = config.rope_dim + config.key_scales
         ranks = config.layer_kv_lora_rank or [config.kv_lora_rank] * config.num_hidden_layers
+        latent_numbers = config.latent_layers or range(len(ranks))
         for index, rank in enumerate(ranks):
+            if index not in latent_numbers:  # of a sliding window, left as it was
+                layers.append(DynamicSlidingWindowLayer(sliding_window=config.sliding_window))
+                continue
             own = ranges[index] if ranges else None
             group = group_size or largest_divisor(rank, 32)
             rope_group = largest_divisor(rope_dim, group)
@@ -305,7 +309,7 @@ def calibrate_ranges(
     batches: input_ids [B, S] without padding. The first four tokens of a sequence are left out, as caches keep them
     whole. Raises ValueError without text.
     """
-    found: list[list[list[torch.Tensor]]] = [[[], []] for _ in attention_layers(model)]
+    found: list[list[list[torch.Tensor]]] = [[[], []] for _ in range(model.config.num_hidden_layers)]
     seen = 0
     for batch in batches:
         if seen >= tokens:
@@ -334,7 +338,7 @@ def rotate_latents(model: Any, seed: int = 0) -> None:
     range a few tokens set. (QuaRot, arXiv 2404.00456, does this for whole models.)
     """
     generator = torch.Generator().manual_seed(seed)
-    for layer in attention_layers(model):
+    for _, layer in latent_layers(model):
         rank = layer.kv_lora_rank
         matrix, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.float64))
         matrix = matrix.to(layer.kv_b_proj.weight.device)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+
+from mha2mla.families import latent_layers
+from mha2mla.layerwise import attention_input, attention_of, embed, pass_layer, surroundings
 
 
 @dataclass
@@ -41,45 +43,66 @@ def reconstruct(
     if not ids:
         raise ValueError("reconstruction needs at least one batch of calibration text")
     teacher, student = original.base_model, converted.base_model
-    device = next(student.parameters()).device
+    device, latent = next(student.parameters()).device, dict(latent_layers(converted))
     with torch.no_grad():
-        theirs = [teacher.embed_tokens(batch.to(device)) for batch in ids]
+        theirs = [embed(teacher, batch.to(device)) for batch in ids]
         ours = [states.clone() for states in theirs]
     fits = []
-    for index, (layer, copy) in enumerate(zip(teacher.layers, student.layers, strict=True)):
-        with torch.no_grad():
-            targets = [attend(layer, teacher, states) for states in theirs]
-        fit = fit_attention(copy, student, ours, theirs, targets, steps, learning_rate)
-        with torch.no_grad():
-            for number, target in enumerate(targets):
-                theirs[number] = after_attention(layer, theirs[number], target)
-                ours[number] = after_attention(copy, ours[number], attend(copy, student, ours[number]))
+    for index in range(len(teacher.layers)):
+        fit = fit_layer(teacher, student, index, theirs, ours, steps if index in latent else 0, learning_rate)
         fits.append(fit)
         if on_layer:
             on_layer(index, fit)
     return fits
 
 
+def fit_layer(
+    teacher: Any,
+    student: Any,
+    index: int,
+    theirs: list[torch.Tensor],
+    ours: list[torch.Tensor],
+    steps: int,
+    learning_rate: float,
+) -> LayerFit:
+    """Fit one layer of a converted decoder, then take the states of both decoders [1, S, d] through it in place."""
+    targets, scales = [], []
+    with torch.no_grad():
+        for number, states in enumerate(theirs):
+            passed = pass_layer(teacher, index, states)
+            # An error matters by its share of the residual stream it is added to: the norm that follows divides by it.
+            scales.append(states.float().square().mean(-1, keepdim=True).rsqrt())
+            targets.append(passed.outputs)
+            theirs[number] = passed.states
+        inputs = [attention_input(student, index, states) for states in ours]
+    fit = fit_attention(student, index, inputs, scales, targets, steps, learning_rate)
+    with torch.no_grad():
+        for number, states in enumerate(ours):
+            ours[number] = pass_layer(student, index, states).states
+    return fit
+
+
 def fit_attention(
-    layer: Any,
     model: Any,
+    index: int,
     inputs: list[torch.Tensor],
-    residuals: list[torch.Tensor],
+    scales: list[torch.Tensor],
     targets: list[torch.Tensor],
     steps: int,
     learning_rate: float,
 ) -> LayerFit:
     """Adam on one layer's attention, from its closed-form start, with a learning rate that falls to zero."""
-    attention, dtype = layer.self_attn, layer.self_attn.o_proj.weight.dtype
+    attention = attention_of(model, index)
+    dtype = next(attention.parameters()).dtype
     attention.float()
     parameters = list(attention.parameters())
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95))
-    # An error matters by its share of the residual stream it is added to: the norm that follows divides by it.
-    scales = [residual.float().square().mean(-1, keepdim=True).rsqrt() for residual in residuals]
     total = sum(float((target.float() * scale).square().mean()) for target, scale in zip(targets, scales, strict=True))
 
     def loss(number: int) -> torch.Tensor:
-        error = attend(layer, model, inputs[number]).float() - targets[number].float()
+        states = inputs[number].float()  # in training a layer of half precision stands in float32
+        output = attention(hidden_states=states, **surroundings(model, index, states))[0]
+        error = output.float() - targets[number].float()
         return (error * scales[number]).square().mean() * (len(targets) / total)
 
     def measured() -> float:
@@ -97,8 +120,9 @@ def fit_attention(
         torch.clear_autocast_cache()  # it holds the weights in half precision as they were before the step
     for parameter in parameters:
         parameter.grad = None
+    after = measured()
     attention.to(dtype)
-    return LayerFit(before, measured())
+    return LayerFit(before, after)
 
 
 def rounds(batches: int, steps: int) -> Iterator[int]:
@@ -108,20 +132,3 @@ def rounds(batches: int, steps: int) -> Iterator[int]:
     for _ in range(steps):
         order = order or torch.randperm(batches, generator=generator).tolist()
         yield order.pop()
-
-
-def attend(layer: Any, model: Any, states: torch.Tensor) -> torch.Tensor:
-    """Output of a layer's attention on the residual stream [B, S, d]."""
-    positions = torch.arange(states.shape[1], device=states.device)[None]
-    # In training a layer of half precision stands in float32.
-    normed = layer.input_layernorm(states).to(layer.self_attn.o_proj.weight.dtype)
-    rotation = model.rotary_emb(normed, positions)
-    return layer.self_attn(normed, position_embeddings=rotation, attention_mask=None)[0]
-
-
-def after_attention(layer: nn.Module, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """The residual stream after the whole layer, given its attention's output."""
-    states = states + output.to(states.dtype)
-    mlp: Any = layer.mlp
-    norm: Any = layer.post_attention_layernorm
-    return states + mlp(norm(states))

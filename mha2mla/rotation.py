@@ -23,8 +23,8 @@ NEAR = 16  # tokens; distances that scores mostly look over when a pair is told 
 
 @dataclass
 class Rotation:
-    """A model's rotary embedding: frequencies [F] in radians a token, the factor that RoPE scaling puts on cos and
-    sin, and the longest context in tokens."""
+    """A layer's rotary embedding: frequencies [F] in radians a token, all zero in a layer that does not rotate, the
+    factor that RoPE scaling puts on cos and sin, and the longest context in tokens."""
 
     frequencies: torch.Tensor
     scale: float
@@ -32,7 +32,11 @@ class Rotation:
 
     @cached_property
     def turn(self) -> torch.Tensor:
-        """[F], see `Pairs.turn`. The same for every layer, and long contexts make it large to compute."""
+        """[F], see `Pairs.turn`. The same for every layer, and long contexts make it large to compute.
+
+        Where nothing rotates pairs are kept by their energy alone."""
+        if not self.frequencies.any():
+            return torch.ones_like(self.frequencies)
         return partial_rope.rotation_loss(self.frequencies, self.context)
 
     @cached_property
@@ -54,9 +58,63 @@ class Parts:
     pair_index: torch.Tensor
 
 
+@dataclass
+class Choice:
+    """Which pairs go on rotating: kept [F, components] of the basis mixing [F, components, key heads]; with frequency
+    folding a block of m frequencies counts as one, and a component mixes m times as many."""
+
+    kept: torch.Tensor
+    mixing: torch.Tensor
+
+
 def shares_rotated_key(options: ConversionOptions) -> bool:
     """Whether all heads share one rotated key, as in DeepSeek's models."""
     return options.rope_basis != "heads" or options.partial_rope not in PER_HEAD
+
+
+def choose_pairs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    geometry: Geometry,
+    options: ConversionOptions,
+    rotation: Rotation,
+    statistics: LayerStatistics | None,
+    moment: torch.Tensor | None,
+) -> Choice:
+    """The pairs of queries [H, 2, F, d + 1] and keys [G, 2, F, d + 1] that keep their rotation.
+
+    moment: [d + 1, d + 1] of the layer's input, if it is known.
+    """
+    assert options.rope_dim is not None
+    fold = options.frequency_folding
+    blocks = replace(
+        geometry,
+        num_kv_heads=fold * geometry.num_kv_heads,
+        head_dim=geometry.head_dim // fold,
+        rotary_dim=2 * geometry.num_pairs // fold,
+    )
+    pairs = Pairs(blocks, options.rope_dim // 2)
+    components = blocks.num_kv_heads
+    mixing = basis.STRATEGIES["heads"](query.new_zeros(blocks.num_pairs, components, components))
+    if statistics is not None and moment is not None:
+        if statistics.key_moment is not None and statistics.query_moment is not None:  # normed: not linear in x
+            key_moment = statistics.key_moment
+            energy = statistics.query_moment.diagonal(dim1=1, dim2=2)[:, : 2 * geometry.num_pairs]
+            query_energy = energy.unflatten(1, (2, -1)).sum(1).T[:, :, None]
+        else:
+            keys, queries = folded(key, fold).flatten(0, 1), folded(query, fold)
+            key_moment = torch.einsum("gcfi,ij,hcfj->fgh", keys, moment, keys)
+            query_energy = torch.einsum("hmcfi,ij,hmcfj->fhm", queries, moment, queries)
+        query_energy = query_energy.unflatten(1, (geometry.num_kv_heads, -1)).sum(2).flatten(1)
+        mixing = basis.STRATEGIES[options.rope_basis](key_moment)
+        share = mixing.square()  # [F / m, component, key head and frequency]
+        turn = rotation.turn.view(-1, 1, fold).expand(-1, geometry.num_kv_heads, -1).flatten(1)
+        pairs.turn = torch.einsum("fjg,fg->fj", share, turn.to(share))
+        pairs.key_energy = torch.einsum("fjg,fgh,fjh->fj", mixing, key_moment, mixing)
+        pairs.query_energy = torch.einsum("fjg,fg->fj", share, query_energy)
+        pairs.key_norm = statistics.key_norm.T
+        pairs.query_norm = statistics.query_norm.unflatten(0, (geometry.num_kv_heads, -1)).sum(1).T
+    return Choice(partial_rope.STRATEGIES[options.partial_rope](pairs).to(query.device), mixing)
 
 
 def choose_rotation(
@@ -68,35 +126,24 @@ def choose_rotation(
     statistics: LayerStatistics | None,
     moment: torch.Tensor | None,
 ) -> Parts:
-    """Cut query [H, D, d + 1] and key [G, D, d + 1]. moment: [d + 1, d + 1] of the layer's input, if it is known."""
-    assert options.rope_dim is not None
-    query, key = as_pairs(query), as_pairs(key)  # [heads, 2, F, d + 1]
-    fold = options.frequency_folding
-    blocks = replace(geometry, num_kv_heads=fold * geometry.num_kv_heads, head_dim=geometry.head_dim // fold)
-    pairs = Pairs(blocks, options.rope_dim // 2)
-    components = blocks.num_kv_heads
-    mixing = basis.STRATEGIES["heads"](query.new_zeros(blocks.num_pairs, components, components))
-    if statistics is not None and moment is not None:
-        keys, queries = folded(key, fold).flatten(0, 1), folded(query, fold)
-        key_moment = torch.einsum("gcfi,ij,hcfj->fgh", keys, moment, keys)
-        query_energy = torch.einsum("hmcfi,ij,hmcfj->fhm", queries, moment, queries)
-        query_energy = query_energy.unflatten(1, (geometry.num_kv_heads, -1)).sum(2).flatten(1)
-        mixing = basis.STRATEGIES[options.rope_basis](key_moment)
-        share = mixing.square()  # [F / m, component, key head and frequency]
-        turn = rotation.turn.view(-1, 1, fold).expand(-1, geometry.num_kv_heads, -1).flatten(1)
-        pairs.turn = torch.einsum("fjg,fg->fj", share, turn.to(share))
-        pairs.key_energy = torch.einsum("fjg,fgh,fjh->fj", mixing, key_moment, mixing)
-        pairs.query_energy = torch.einsum("fjg,fg->fj", share, query_energy)
-        pairs.key_norm = statistics.key_norm.T
-        pairs.query_norm = statistics.query_norm.unflatten(0, (geometry.num_kv_heads, -1)).sum(1).T
-    kept = partial_rope.STRATEGIES[options.partial_rope](pairs).to(query.device)
+    """Cut query [H, D, d + 1] and key [G, D, d + 1]. moment: [d + 1, d + 1] of the layer's input, if it is known.
 
+    What never rotated, the numbers of a head behind its rotary ones, goes where unrotated pairs go.
+    """
+    turning = 2 * geometry.num_pairs
+    still_query, still_key = query[:, turning:], key[:, turning:]
+    query, key = as_pairs(query[:, :turning]), as_pairs(key[:, :turning])  # [heads, 2, F, d + 1]
+    choice = choose_pairs(query, key, geometry, options, rotation, statistics, moment)
     rest = query * rotation.scale**2  # what no longer passes through the rotary embedding keeps its factor
     if options.expected_rotation:
         rest = turned(rest, rotation.near)
     if shares_rotated_key(options):
-        return shared(query, key, rest, kept, mixing, fold)
-    return per_head(query, key, rest, kept)
+        parts = shared(query, key, rest, choice, options.frequency_folding)
+    else:
+        parts = per_head(query, key, rest, choice.kept)
+    parts.query_rest = torch.cat((parts.query_rest, still_query), dim=1)
+    parts.key_rest = torch.cat((parts.key_rest, still_key), dim=1)
+    return parts
 
 
 def per_head(query: torch.Tensor, key: torch.Tensor, rest: torch.Tensor, kept: torch.Tensor) -> Parts:
@@ -115,20 +162,17 @@ def per_head(query: torch.Tensor, key: torch.Tensor, rest: torch.Tensor, kept: t
     )
 
 
-def shared(
-    query: torch.Tensor, key: torch.Tensor, rest: torch.Tensor, kept: torch.Tensor, mixing: torch.Tensor, fold: int
-) -> Parts:
+def shared(query: torch.Tensor, key: torch.Tensor, rest: torch.Tensor, choice: Choice, fold: int) -> Parts:
     """One rotated key for all heads: the kept components, and for every query head its share of them.
 
     A component of a block of m frequencies turns with the one that has most of it.
     """
+    kept, mixing = choice.kept, choice.mixing
     block, component = kept.nonzero().unbind(1)
     vectors = mixing[block, component].unflatten(1, (-1, fold))  # [P / 2, G, m]
     own = vectors.repeat_interleave(len(query) // len(key), 1)  # [P / 2, H, m]
     queries, keys = folded(query, fold), folded(key, fold)
-    # What is left of the keys of every block: their part in the other directions, exactly zero if there are none.
-    left = torch.einsum("fj,fjg,fjh->fgh", (~kept).to(mixing), mixing, mixing)
-    still = torch.einsum("fgh,hcfi->gcfi", left, keys.flatten(0, 1)).unflatten(0, (len(key), fold))
+    still = torch.einsum("fgh,hcfi->gcfi", left_over(choice), keys.flatten(0, 1)).unflatten(0, (len(key), fold))
     return Parts(
         query_rest=rest.flatten(1, 2),
         query_rotated=torch.einsum("phm,hmcpi->hcpi", own, queries[:, :, :, block]).flatten(1, 2),
@@ -136,6 +180,12 @@ def shared(
         key_rotated=torch.einsum("pgm,gmcpi->cpi", vectors, keys[:, :, :, block]).flatten(0, 1),
         pair_index=(block * fold + vectors.square().sum(1).argmax(1))[None],
     )
+
+
+def left_over(choice: Choice) -> torch.Tensor:
+    """[F, G, G]: takes the keys of a frequency to their part in the directions that do not rotate; exactly zero if
+    there are none."""
+    return torch.einsum("fj,fjg,fjh->fgh", (~choice.kept).to(choice.mixing), choice.mixing, choice.mixing)
 
 
 def folded(rows: torch.Tensor, fold: int) -> torch.Tensor:

@@ -4,12 +4,14 @@ Only sums are kept, on the model's own device: O(d²) numbers a layer, whatever 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from mha2mla.families import attention_layers, geometry_of
+from mha2mla.options import Geometry
+from mha2mla.projections import query_and_key
 
 
 @dataclass
@@ -20,12 +22,45 @@ class LayerStatistics:
     input_mean: [d], E[x].
     query_norm: [H, F], E‖q_{h,f}‖ of each rotary pair before rotation.
     key_norm: [G, F], E‖k_{g,f}‖ likewise.
+    query_moment: [H, D, D], E[q qᵀ] before rotation, and key_moment: [F, G, G], E[k_{g,f} · k_{h,f}]; only of normed
+        queries and keys, others' follow from the input's.
     """
 
     input_moment: torch.Tensor
     input_mean: torch.Tensor
     query_norm: torch.Tensor
     key_norm: torch.Tensor
+    query_moment: torch.Tensor | None = None
+    key_moment: torch.Tensor | None = None
+
+    @classmethod
+    def zeros(cls, geometry: Geometry, device: Any) -> "LayerStatistics":
+        d, heads, groups = geometry.hidden_size, geometry.num_heads, geometry.num_kv_heads
+        pairs, size = geometry.num_pairs, geometry.head_dim
+        shapes = [(d, d), (d,), (heads, pairs), (groups, pairs)]
+        if geometry.key_scales:
+            shapes += [(heads, size, size), (pairs, groups, groups)]
+        return cls(*(torch.zeros(shape, device=device) for shape in shapes))
+
+    def observe(self, attention: Any, states: torch.Tensor, geometry: Geometry) -> None:
+        """Add the attention's inputs [T, d] to the sums."""
+        query, key = (part.float() for part in query_and_key(attention, states, geometry))
+        x = states.float()
+        with torch.autocast(x.device.type, enabled=False):  # the model may run in bfloat16, the sums must not
+            self.input_moment += x.T @ x
+            self.input_mean += x.sum(0)
+            query_pairs, key_pairs = (in_pairs(part, geometry) for part in (query, key))
+            self.query_norm += pair_norms(query_pairs)
+            self.key_norm += pair_norms(key_pairs)
+            if self.query_moment is not None and self.key_moment is not None:
+                self.query_moment += torch.einsum("thi,thj->hij", query, query)
+                self.key_moment += torch.einsum("tgcf,thcf->fgh", key_pairs, key_pairs)
+
+    def divide(self, tokens: int) -> None:
+        """Sums over so many tokens to means."""
+        for item in fields(self):
+            if getattr(self, item.name) is not None:
+                getattr(self, item.name).div_(tokens)
 
 
 @dataclass
@@ -46,37 +81,19 @@ def collect_statistics(model: Any, batches: Iterable[Any]) -> Statistics:
     geometry = geometry_of(model.config)
     layers = attention_layers(model)
     device = next(model.parameters()).device
-    sums = [
-        LayerStatistics(
-            torch.zeros(geometry.hidden_size, geometry.hidden_size, device=device),
-            torch.zeros(geometry.hidden_size, device=device),
-            torch.zeros(geometry.num_heads, geometry.num_pairs, device=device),
-            torch.zeros(geometry.num_kv_heads, geometry.num_pairs, device=device),
-        )
-        for _ in layers
-    ]
+    sums = [LayerStatistics.zeros(geometry, device) for _ in layers]
     kept: list[torch.Tensor] = [torch.empty(0)]  # of the running batch: which of its tokens count, [B * S]
 
-    def observe_input(total: LayerStatistics) -> Callable[..., None]:
-        def hook(_module: Any, inputs: Any, output: torch.Tensor) -> None:
-            x = inputs[0].flatten(0, 1)[kept[0]].float()
-            with torch.autocast(x.device.type, enabled=False):  # the model may run in bfloat16, the sums must not
-                total.input_moment += x.T @ x
-            total.input_mean += x.sum(0)
-            total.query_norm += pair_norms(output.flatten(0, 1)[kept[0]], geometry.head_dim)
-
-        return hook
-
-    def observe_key(total: LayerStatistics) -> Callable[..., None]:
-        def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-            total.key_norm += pair_norms(output.flatten(0, 1)[kept[0]], geometry.head_dim)
+    def observer(total: LayerStatistics) -> Callable[..., None]:
+        def hook(attention: Any, inputs: Any, named: Any) -> None:
+            states = inputs[0] if inputs else named["hidden_states"]
+            total.observe(attention, states.flatten(0, 1)[kept[0]], geometry)
 
         return hook
 
     handles = []
     for layer, total in zip(layers, sums, strict=True):
-        handles.append(layer.q_proj.register_forward_hook(observe_input(total)))
-        handles.append(layer.k_proj.register_forward_hook(observe_key(total)))
+        handles.append(layer.register_forward_pre_hook(observer(total), with_kwargs=True))
     training = model.training
     model.eval()
     tokens = 0
@@ -95,13 +112,17 @@ def collect_statistics(model: Any, batches: Iterable[Any]) -> Statistics:
     if tokens == 0:
         raise ValueError("calibration text is empty: collect_statistics needs at least one batch with one token")
     for total in sums:
-        for name in ("input_moment", "input_mean", "query_norm", "key_norm"):
-            getattr(total, name).div_(tokens)
+        total.divide(tokens)
     return Statistics(sums, tokens)
 
 
-def pair_norms(projected: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Sum over tokens of the length of every rotary pair: [tokens, heads * D] to [heads, D / 2]."""
-    first, second = projected.float().unflatten(-1, (-1, 2, head_dim // 2)).unbind(2)
+def in_pairs(rows: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """The rotary numbers of queries or keys [T, heads, D] as pairs, [T, heads, 2, F]."""
+    return rows[..., : 2 * geometry.num_pairs].unflatten(-1, (2, -1))
+
+
+def pair_norms(pairs: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of the length of every rotary pair: [T, heads, 2, F] to [heads, F]."""
+    first, second = pairs.unbind(2)
     # Not torch.norm: over a dimension of two it takes longer than the model's own forward pass.
     return (first.square() + second.square()).sqrt().sum(0)

@@ -4,15 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conf.naming import presets
 from mha2mla import ConversionOptions
@@ -44,20 +36,54 @@ SCALINGS = {
 }
 
 
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+# What makes each family different, switched on: its windows, caps, factors, layers without rotation, experts.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None, "head_dim": 8},
+    "qwen2": {},
+    "qwen3": {"head_dim": 12},
+    "gemma2": WINDOWS | {"head_dim": 12, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 4.0},
+    "gemma3_text": WINDOWS
+    | {
+        "head_dim": 12,
+        "query_pre_attn_scalar": 5,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "olmo2": {},
+    "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "mixtral": EXPERTS | {"num_local_experts": 4},
+    "qwen3_moe": EXPERTS | {"num_experts": 4, "head_dim": 12},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
 def tiny_model(family: str = "llama", kv_heads: int = 2, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random model whose attention matters: weights large enough that scores, biases and norms differ."""
     torch.manual_seed(seed)
-    sizes = {**SIZES, "num_key_value_heads": kv_heads, "tie_word_embeddings": True, **changes}
-    if family == "llama":
-        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**sizes))
-    elif family == "mistral":
-        model = MistralForCausalLM(MistralConfig(**{"sliding_window": None, **sizes}))
-    else:
-        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    sizes = {**SIZES, "num_key_value_heads": kv_heads, "tie_word_embeddings": True, **FAMILIES[family], **changes}
+    if family == "gpt_neox":
+        del sizes["num_key_value_heads"]  # it has as many as query heads
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name))
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name and "gemma" not in family))
     return model.eval()
+
+
+def heads_of(family: str) -> list[str]:
+    """Attention types that a family has."""
+    return ["mha"] if family == "gpt_neox" else list(KV_HEADS)
+
+
+VARIANTS = [(family, heads) for family in FAMILIES for heads in heads_of(family)]
 
 
 def tokens(batch: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:

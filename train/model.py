@@ -15,9 +15,7 @@ import mha2mla  # noqa: F401  registers the classes of converted models
 from conf.schema import FinetuneConfig, LoraConfig, Trainable
 from train.checkpoint import appearing_in
 
-ATTENTION = ".self_attn."  # in the names of all attention weights, in every family that transformers has
-
-
+ATTENTION = (".self_attn.", ".attention.")  # in the names of attention weights; the second is GPT-NeoX's
 AGAIN = "make it again with `make convert ARGS=force=true`"
 
 
@@ -42,20 +40,24 @@ def trainable_model(folder: Path, config: FinetuneConfig) -> nn.Module:
     model = load_model(folder, torch.float32)
     if config.trainable is Trainable.all:
         return model
-    if not any(ATTENTION in name for name, _ in model.named_parameters()):
+    if not any(is_attention(name) for name, _ in model.named_parameters()):
         raise ValueError(
-            f"finetune.trainable={config.trainable.value}: {type(model).__name__} has no {ATTENTION} weights"
+            f"finetune.trainable={config.trainable.value}: {type(model).__name__} has no weights named {ATTENTION}"
         )
     if config.trainable is Trainable.lora:
         return with_lora(model, config.lora)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(ATTENTION in name)
+        parameter.requires_grad_(is_attention(name))
     return model
+
+
+def is_attention(name: str) -> bool:
+    return any(part in name for part in ATTENTION)
 
 
 def with_lora(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     """Low-rank adapters on every linear layer of the attention, whatever its projections are called."""
-    layers = [name for name, module in model.named_modules() if ATTENTION in name and isinstance(module, nn.Linear)]
+    layers = [name for name, module in model.named_modules() if is_attention(name) and isinstance(module, nn.Linear)]
     init: Any = True if lora.init_lora_weights == "default" else lora.init_lora_weights
     options = PeftConfig(
         r=lora.r,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # with soft-capping
 
 
 class MLAAttention(nn.Module):
@@ -40,20 +40,24 @@ class MLAAttention(nn.Module):
         self.qk_head_dim = config.qk_head_dim
         self.v_head_dim = config.v_head_dim
         self.rope_dim = config.rope_dim
+        self.cached_size = self.kv_lora_rank + self.rope_dim + config.key_scales
         self.scaling = config.softmax_scale
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        self.softcap = getattr(config, "attn_logit_softcapping", None)
+        rotating = getattr(config, "no_rope_layers", None)
+        self.rotates = rotating is None or bool(rotating[layer_idx])
         layer_types = getattr(config, "layer_types", None)
         slides = layer_types is None or layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = getattr(config, "sliding_window", None) if slides else None
 
-        d, query_size = config.hidden_size, self.num_heads * self.qk_head_dim
+        d, query_size = config.hidden_size, self.num_heads * self.query_size
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(d, query_size, bias=config.q_proj_bias)
         else:
             self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=config.q_proj_bias)
-        self.kv_a_proj_with_mqa = nn.Linear(d, self.kv_lora_rank + self.rope_dim, bias=config.kv_a_proj_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(d, self.kv_lora_rank + self.projected_rope, bias=config.kv_a_proj_bias)
         up_size = self.num_key_value_heads * (self.qk_nope_head_dim + self.v_head_dim)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, up_size, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, d, bias=config.o_proj_bias)
@@ -62,27 +66,32 @@ class MLAAttention(nn.Module):
         pairs = torch.arange(self.qk_rope_head_dim // 2).expand(self.num_rope_heads, -1)
         self.register_buffer("rope_pair_index", pairs.clone())
 
+    @property
+    def query_size(self) -> int:
+        """Numbers of a head that the query projection gives."""
+        return self.qk_head_dim
+
+    @property
+    def projected_rope(self) -> int:
+        """Numbers of the rotated key that come out of the same projection as the latent."""
+        return self.rope_dim
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
+        past_key_values = layer_past if past_key_values is None else past_key_values  # GPT-NeoX's name for it
         cos, sin = self.layer_rotation(*position_embeddings)
-
-        query = self.q_proj(hidden_states) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_proj(hidden_states))
-        query = query.view(batch, length, self.num_heads, self.qk_head_dim)
-        q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        heads_per_rope = self.num_heads // self.num_rope_heads
-        q_rot = rotate(q_rot, cos.repeat_interleave(heads_per_rope, 2), sin.repeat_interleave(heads_per_rope, 2))
-        q_nope, q_rot = q_nope.transpose(1, 2), q_rot.transpose(1, 2)
-
-        latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.rope_dim], dim=-1)
-        k_rot = rotate(k_rot.view(batch, length, self.num_rope_heads, self.qk_rope_head_dim), cos, sin)
-        latent, k_rot = latent.unsqueeze(1), k_rot.reshape(batch, 1, length, self.rope_dim)
+        q_nope, q_rot = self.project_queries(hidden_states, cos, sin)
+        latent: Any
+        k_rot: Any
+        latent, k_rot = self.project_latents(hidden_states, cos, sin)
         if past_key_values is not None:
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
 
@@ -90,11 +99,15 @@ class MLAAttention(nn.Module):
             output, weights = self.attend_latent(q_nope, q_rot, latent, k_rot, attention_mask)
         else:
             keys, values = self.expand_kv(*(state if is_whole(state) else state.dense() for state in (latent, k_rot)))
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            implementation = self.config._attn_implementation
+            if self.softcap is not None:
+                kwargs["softcap"] = self.softcap
+                implementation = "eager" if implementation == "sdpa" else implementation  # which cannot do it
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             if self.sliding_window is not None:
                 kwargs["sliding_window"] = self.sliding_window
             missing = self.qk_head_dim - self.v_head_dim
-            if missing > 0 and self.config._attn_implementation == "sdpa":
+            if missing > 0 and implementation == "sdpa":
                 # Its fast kernels want equal sizes; without them a training step on the CPU takes twice as long.
                 values = nn.functional.pad(values, (0, missing))
             else:
@@ -115,7 +128,30 @@ class MLAAttention(nn.Module):
 
     def layer_rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From the model's rotation [B, S, rotary size] the part of this layer's pairs, [B, S, N, P / 2]."""
-        return cos[..., self.rope_pair_index], sin[..., self.rope_pair_index]
+        cos, sin = cos[..., self.rope_pair_index], sin[..., self.rope_pair_index]
+        return (cos, sin) if self.rotates else (torch.ones_like(cos), torch.zeros_like(sin))
+
+    def query_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The query projection [B, S, H, ..]."""
+        query = self.q_proj(hidden_states) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_proj(hidden_states))
+        return query.unflatten(-1, (self.num_heads, -1))
+
+    def project_queries(
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries of new tokens: [B, H, S, K] and, rotated, [B, H, S, P]."""
+        q_nope, q_rot = self.query_rows(hidden_states).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        heads_per_rope = self.num_heads // self.num_rope_heads
+        q_rot = rotate(q_rot, cos.repeat_interleave(heads_per_rope, 2), sin.repeat_interleave(heads_per_rope, 2))
+        return q_nope.transpose(1, 2), q_rot.transpose(1, 2)
+
+    def project_latents(
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the cache takes of new tokens: latents [B, 1, S, r] and rotated keys [B, 1, S, R]."""
+        latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.rope_dim], dim=-1)
+        k_rot = rotate(k_rot.unflatten(-1, (self.num_rope_heads, self.qk_rope_head_dim)), cos, sin)
+        return latent.unsqueeze(1), k_rot.flatten(2).unsqueeze(1)
 
     def expand_kv(self, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [B, G, T, K + P] and values [B, G, T, V] from the cached latent [B, 1, T, r] and key [B, 1, T, R]."""
@@ -158,12 +194,9 @@ class MLAAttention(nn.Module):
         q_rows = self.rope_rows(q_rot).reshape(batch, heads * length, self.rope_dim)
         # Scaled before the products: queries are few, scores are many.
         q_latent, q_rows = q_latent * self.scaling, q_rows * self.scaling
-        if is_whole(latent):
-            scores = torch.bmm(q_rows, k_rot[:, 0].transpose(1, 2))
-            scores = torch.baddbmm(scores, q_latent, latent[:, 0].transpose(1, 2))
-        else:
-            scores = k_rot.dot(q_rows) + latent.dot(q_latent)
-        scores = scores.view(batch, heads, length, -1)
+        scores = self.score(q_latent, q_rows, latent, k_rot).view(batch, heads, length, -1)
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
         if mask is None and length > 1:
             # transformers leaves the mask out of a prompt without a prefix: query i sees keys 0..i.
             mask = torch.ones(length, scores.shape[-1], dtype=torch.bool, device=scores.device).tril()
@@ -178,6 +211,13 @@ class MLAAttention(nn.Module):
         mixed = mixed.view(batch, groups, -1, self.kv_lora_rank)
         output = torch.einsum("bgqr,gvr->bgqv", mixed, w_value).reshape(batch, heads, length, self.v_head_dim)
         return output.transpose(1, 2), weights
+
+    def score(self, q_latent: torch.Tensor, q_rows: torch.Tensor, latent: Any, k_rot: Any) -> torch.Tensor:
+        """Scores [B, H * S, T] of rows [B, H * S, r] and [B, H * S, R] with all that is cached."""
+        if not is_whole(latent):
+            return k_rot.dot(q_rows) + latent.dot(q_latent)
+        scores = torch.bmm(q_rows, k_rot[:, 0].transpose(1, 2))
+        return torch.baddbmm(scores, q_latent, latent[:, 0].transpose(1, 2))
 
     def rope_rows(self, q_rot: torch.Tensor) -> torch.Tensor:
         """Rotated queries [B, H, S, P] as rows [B, H, S, R] against all rotated keys: zero at other heads' keys."""

@@ -1,4 +1,4 @@
-"""Configurations of converted models: those of the original family plus the sizes of the latent attention.
+"""What a converted model's configuration has beside its family's own: the sizes of the latent attention.
 
 Sizes carry DeepSeek's names (DeepSeek-V2, arXiv 2405.04434, section 2.1). `head_dim` stays the original head
 size D, because the frequencies of the rotary embedding are the original model's.
@@ -6,8 +6,6 @@ size D, because the frequencies of the rotary embedding are the original model's
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 
 @dataclass(kw_only=True, repr=False)
@@ -23,6 +21,11 @@ class MLAConfigMixin:
     v_head_dim: size of a head's value.
     softmax_scale: the original model's factor on the scores, whatever the new head sizes.
     q_proj_bias, kv_a_proj_bias, o_proj_bias: which projections have a bias.
+    key_scales: of families with norms on queries and keys, scales the cache holds a token a layer beside r + R numbers:
+        1 if one norm goes over all heads, else one a key/value head; 0 without norms.
+    qk_norm_joint, qk_norm_eps: whether those norms go over all heads together, and their epsilon.
+    rotary_dim: numbers of an original head that rotate; 0: all.
+    latent_layers: which layers have latent attention; None: all.
     """
 
     kv_lora_rank: int = 512
@@ -36,6 +39,11 @@ class MLAConfigMixin:
     q_proj_bias: bool = False
     kv_a_proj_bias: bool = False
     o_proj_bias: bool = False
+    key_scales: int = 0
+    qk_norm_joint: bool = False
+    qk_norm_eps: float = 1e-6
+    rotary_dim: int = 0
+    latent_layers: list[int] | None = None
 
     base_model_tp_plan: ClassVar[Any] = None  # the family's plan splits projections that are no longer there
 
@@ -48,18 +56,3 @@ class MLAConfigMixin:
     def rope_dim(self) -> int:
         """R: rotated numbers in the cache, a token a layer."""
         return self.num_rope_heads * self.qk_rope_head_dim
-
-
-class LlamaMLAConfig(MLAConfigMixin, LlamaConfig):
-    model_type = "llama_mla"
-
-
-class MistralMLAConfig(MLAConfigMixin, MistralConfig):
-    model_type = "mistral_mla"
-
-
-class Qwen2MLAConfig(MLAConfigMixin, Qwen2Config):
-    model_type = "qwen2_mla"
-
-
-__all__ = ["LlamaMLAConfig", "MistralMLAConfig", "Qwen2MLAConfig"]

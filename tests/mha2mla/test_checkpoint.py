@@ -30,12 +30,14 @@ def saved(tmp_path: Path, family: str, **options: object) -> tuple[torch.nn.Modu
     return model, tmp_path / "converted"
 
 
-@pytest.mark.parametrize("options", [{}, {"q_lora_rank": 12}], ids=["plain", "q_lora"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+CASES = [("llama", {}), ("llama", {"q_lora_rank": 12}), ("qwen2", {}), ("qwen3", {"q_lora_rank": 12}), ("gpt_neox", {})]
+
+
+@pytest.mark.parametrize(("family", "options"), CASES)
 def test_round_trip_with_and_without_the_package(family: str, options: dict, tmp_path: Path) -> None:
     model, folder = saved(tmp_path, family, **options)
     with torch.no_grad():
-        expected, hidden = model(tokens()).logits, model.model(tokens())[0]
+        expected, hidden = model(tokens()).logits, model.base_model(tokens())[0]
         loaded = AutoModelForCausalLM.from_pretrained(folder)
         assert type(loaded) is type(model)
         assert torch.equal(loaded(tokens()).logits, expected)

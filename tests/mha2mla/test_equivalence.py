@@ -4,17 +4,19 @@ import pytest
 import torch
 
 from mha2mla import ConversionOptions, collect_statistics, convert
-from mha2mla.convert import EXACT, self_check
-from tests.tiny import KV_HEADS, SCALINGS, relative, tiny_model, tokens
+from mha2mla.families import geometry_of
+from mha2mla.self_check import EXACT, self_check
+from tests.tiny import FAMILIES, KV_HEADS, SCALINGS, VARIANTS, relative, tiny_model, tokens
 
-FAMILIES = ("llama", "mistral", "qwen2")
 # float32 rounding through two layers measures 1e-7 to 2e-6 here; a wrong row or factor measures above 1e-1.
 TOLERANCE = 1e-5
 
 
 def full_budget(model: torch.nn.Module, **changes: object) -> ConversionOptions:
-    keys = model.config.num_key_value_heads * 8
-    return ConversionOptions(rope_dim=keys, kv_lora_rank=min(keys, 32), **changes)
+    geometry = geometry_of(model.config)
+    return ConversionOptions(
+        rope_dim=geometry.rotary_size, kv_lora_rank=geometry.full_rank(geometry.rotary_size), **changes
+    )
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor, **inputs: object) -> torch.Tensor:
@@ -22,8 +24,7 @@ def logits(model: torch.nn.Module, ids: torch.Tensor, **inputs: object) -> torch
         return model(ids, **inputs).logits
 
 
-@pytest.mark.parametrize("heads", KV_HEADS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "heads"), VARIANTS)
 def test_full_budget_gives_the_original_logits(family: str, heads: str) -> None:
     model = tiny_model(family, KV_HEADS[heads])
     converted, report = convert(model, full_budget(model))
@@ -111,9 +112,10 @@ def test_attention_bias_of_llama() -> None:
 def test_error_falls_as_rank_rises(family: str) -> None:
     model = tiny_model(family)
     expected = logits(model, tokens())
-    errors = []
-    for rank in (4, 8, 12, 16):
-        converted, report = convert(model, ConversionOptions(rope_dim=16, kv_lora_rank=rank))
+    errors, rope = [], geometry_of(model.config).rotary_size
+    full = geometry_of(model.config).full_rank(rope)
+    for rank in (full // 4, full // 2, full - 4, full):
+        converted, report = convert(model, ConversionOptions(rope_dim=rope, kv_lora_rank=rank))
         errors.append(sum(layer.value_error for layer in report.layers))
         last = relative(logits(converted, tokens()), expected)
     assert errors == sorted(errors, reverse=True) and errors[-1] < TOLERANCE < errors[-2]

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from mha2mla import ConversionOptions, collect_statistics, convert, resolve_options
 from mha2mla.options import Geometry
@@ -59,9 +59,31 @@ def test_full_rank_of_multi_head_attention_is_bounded_by_the_hidden_size() -> No
     assert geometry.full_rank(8) == 32 and geometry.full_rank(8, "split") == 24 + 32
 
 
-def test_unsupported_family_is_named_with_the_supported_ones() -> None:
-    with pytest.raises(ValueError, match=re.escape("'gpt2' is not supported; supported are: llama, mistral, qwen2")):
-        resolve_options(GPT2Config(), ConversionOptions())
+REFUSED = {
+    "'gpt2' is not supported; supported are: gemma2, gemma3_text, gpt_neox, granite, llama,": ("gpt2", {}),
+    "'t5' is an encoder-decoder": ("t5", {}),
+    "'bert' is an encoder,": ("bert", {"architectures": ["BertForMaskedLM"]}),
+    "'mamba' has no attention": ("mamba", {}),
+    "'jamba' mixes attention with layers of another kind": ("jamba", {}),
+    "'deepseek_v3' has latent attention of its own": ("deepseek_v3", {}),
+    "'gemma3' wraps a gemma3_text language model": ("gemma3", {}),
+    "weights are quantised (bitsandbytes)": ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}),
+    "weights are quantised (gptq)": ("qwen2", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+    "clip_qkv=8": ("olmoe", {"clip_qkv": 8.0}),
+    "frequency_folding=2 mixes frequencies, which": ("qwen3", {}),
+    "evenly-spaced needs rope_basis=principal, which qwen3_moe": ("qwen3_moe", {}),
+}
+OPTIONS = {
+    "qwen3": {"frequency_folding": 2, "rope_basis": "principal", "partial_rope": "rotation-cost"},
+    "qwen3_moe": {"partial_rope": "evenly-spaced", "rope_basis": "principal"},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_converted_is_refused_by_name(message: str) -> None:
+    model_type, changes = REFUSED[message]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve_options(AutoConfig.for_model(model_type, **changes), ConversionOptions(**OPTIONS.get(model_type, {})))
 
 
 def test_converted_model_is_refused() -> None:

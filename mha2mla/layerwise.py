@@ -1,0 +1,96 @@
+"""A decoder one layer at a time, whatever its family puts around the attention (norms before and after, factors on
+residuals, parallel branches, experts): the layer itself runs, and hooks read what goes into its attention and out.
+
+Shapes: B batch, S tokens from position 0 without padding, d hidden size.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from mha2mla.target import rotate_positions
+
+
+class Passed(NamedTuple):
+    """One layer on states [B, S, d]: what its attention got and gave, and the states after the layer."""
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    states: torch.Tensor
+
+
+class Reached(Exception):
+    """Ends a forward pass at the place that was looked for."""
+
+
+def embed(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What the first layer of a decoder gets for input_ids [B, S]."""
+    found: list[torch.Tensor] = []
+
+    def stop(_layer: Any, inputs: Any, named: Any) -> None:
+        found.append(inputs[0] if inputs else named["hidden_states"])
+        raise Reached
+
+    handle = model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def surroundings(model: Any, index: int, states: torch.Tensor) -> dict[str, Any]:
+    """What a decoder gives layer `index` beside its states."""
+    config = model.config
+    positions = torch.arange(states.shape[1], device=states.device)[None]
+    types = getattr(config, "layer_types", None)
+    slides = types[index] == "sliding_attention" if types else getattr(config, "sliding_window", None) is not None
+    mask = create_sliding_window_causal_mask if slides else create_causal_mask
+    return {
+        "attention_mask": mask(
+            config=config, inputs_embeds=states, attention_mask=None, past_key_values=None, position_ids=positions
+        ),
+        "position_ids": positions,
+        "position_embeddings": rotate_positions(model, states, index),
+    }
+
+
+def attention_of(model: Any, index: int) -> Any:
+    layer = model.layers[index]
+    return layer.attention if hasattr(layer, "attention") else layer.self_attn
+
+
+def pass_layer(model: Any, index: int, states: torch.Tensor) -> Passed:
+    """Run layer `index` of a decoder on states [B, S, d]."""
+    seen: list[torch.Tensor] = []
+
+    def hook(_attention: Any, inputs: Any, named: Any, output: Any) -> None:
+        seen.extend((inputs[0] if inputs else named["hidden_states"], output[0]))
+
+    handle = attention_of(model, index).register_forward_hook(hook, with_kwargs=True)
+    try:
+        after = model.layers[index](states, **surroundings(model, index, states))
+    finally:
+        handle.remove()
+    return Passed(seen[0], seen[1], after[0] if isinstance(after, tuple) else after)
+
+
+def attention_input(model: Any, index: int, states: torch.Tensor) -> torch.Tensor:
+    """What the attention of layer `index` gets when the layer gets states [B, S, d]."""
+    found: list[torch.Tensor] = []
+
+    def stop(_attention: Any, inputs: Any, named: Any) -> None:
+        found.append(inputs[0] if inputs else named["hidden_states"])
+        raise Reached
+
+    handle = attention_of(model, index).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model.layers[index](states, **surroundings(model, index, states))
+    except Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]

@@ -1,0 +1,56 @@
+"""Proof on the model at hand: at full budget, where conversion must be exact, a converted layer gives what the
+original's gives. A family whose attention does something unknown fails here, before anything is saved."""
+
+import copy
+from typing import Any
+
+import torch
+
+from mha2mla.families import attention_layers, geometry_of
+from mha2mla.layer import convert_layer
+from mha2mla.modeling.attention_mla import MLAAttention
+from mha2mla.modeling.attention_normed_mla import NormedMLAAttention
+from mha2mla.options import ConversionOptions
+from mha2mla.target import converted_config, layer_kind, rotate_positions, rotations_of
+
+EXACT = 1e-3  # relative error that is allowed in float32; 1e-6 is what it measures
+
+
+@torch.no_grad()
+def self_check(model: Any) -> float:
+    """Largest relative error of the attention of the first layer of every kind (by rotation and window).
+
+    Every pair rotates and the latent has full rank, on random hidden states in float32. ValueError if it is not small.
+    """
+    config, rotary = model.config, model.base_model.rotary_emb
+    types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    kinds: dict[Any, int] = {}
+    for index in range(config.num_hidden_layers):
+        kinds.setdefault((types[index], layer_kind(rotary, config, index)), index)
+    error = max(check_layer(model, index) for index in kinds.values())
+    if not error < EXACT:
+        raise ValueError(
+            f"conversion of this {config.model_type} model is not exact at full budget (relative error "
+            f"{error:.1e}, allowed {EXACT}): its attention does something this family's conversion does not know"
+        )
+    return error
+
+
+def check_layer(model: Any, index: int) -> float:
+    geometry, layer = geometry_of(model.config), attention_layers(model)[index]
+    full = ConversionOptions(rope_dim=geometry.rotary_size, kv_lora_rank=geometry.full_rank(geometry.rotary_size))
+    config, own_config = converted_config(model.config, full, layer), copy.deepcopy(model.config)
+    config._attn_implementation = own_config._attn_implementation = "eager"
+    weights, _ = convert_layer(layer, geometry, full, rotations_of(model)[index], None, torch.float32)
+    converted = (NormedMLAAttention if config.key_scales else MLAAttention)(config, index).eval()
+    converted.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
+    original = type(layer)(own_config, index).float().eval()
+    original.load_state_dict({name: tensor.float().cpu() for name, tensor in layer.state_dict().items()})
+    hidden = torch.randn(1, 16, geometry.hidden_size, generator=torch.Generator().manual_seed(0))
+    device = next(layer.parameters()).device
+    cos, sin = (part.cpu() for part in rotate_positions(model.base_model, hidden.to(device), index))
+    mask = torch.full((16, 16), float("-inf")).triu(1)[None, None]
+    expected, got = (
+        module(hidden, position_embeddings=(cos, sin), attention_mask=mask)[0] for module in (original, converted)
+    )
+    return float((got - expected).norm() / expected.norm())
