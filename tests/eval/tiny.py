@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import torch
 from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import conf
 from conf.plan import Plan
@@ -80,8 +80,8 @@ def compose_config(folder: Path, *overrides: str) -> Config:
         return typed_config(compose("config", overrides=words))
 
 
-def write_original(folder: Path) -> None:
-    model().save_pretrained(folder / "model")
+def write_original(folder: Path, original: PreTrainedModel | None = None) -> None:
+    (original or model()).save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
 
 

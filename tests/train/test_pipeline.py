@@ -8,20 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import mha2mla  # noqa: F401  registers the converted classes
 from eval.text import passages
-from tests.eval.tiny import write_original
+from tests.eval.tiny import tokenizer, write_original
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return command_line(tmp_path_factory.mktemp("pipeline"))
+
+
+def command_line(root: Path, original: PreTrainedModel | None = None) -> list[str]:
     """Command line of a run that takes seconds: a random model, a small local corpus, a few steps."""
-    root = tmp_path_factory.mktemp("pipeline")
-    write_original(root)
+    write_original(root, original)
     lines = [json.dumps({"text": text}) for text in passages()[:400]]
     (root / "corpus.jsonl").write_text("\n".join(lines))
     return [
@@ -79,6 +83,18 @@ def test_one_command_to_a_healed_model_and_a_report(words: list[str]) -> None:
     changed = pipeline(*words, "mla.kv_lora_rank=8", "name=point", "finetune.learning_rate=-1")
     assert changed.returncode == 1
     assert changed.stderr.strip() == "error: finetune.learning_rate=-1.0 must be positive"
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3_moe"])
+def test_other_families_go_all_the_way(family: str, tmp_path: Path) -> None:
+    """By distillation with hidden states, and scored with a coded cache."""
+    original = tiny_model(family, vocab_size=len(tokenizer()), max_position_embeddings=512)
+    words = command_line(tmp_path, original)
+    changes = ["method=best", "mla.reduction=0.5", "mla.reconstruction_steps=3", "finetune.loss=kd+hidden"]
+    run = pipeline(*words, *changes, "mla.kv_lora_rank=8", "mla.reduction=null", "eval.cache_bits=[8]", "name=point")
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    results = json.loads((tmp_path / "outputs" / "model" / "point" / "report" / "results.json").read_text())
+    assert set(results["score"]) == {"original", "converted", "healed", "healed-8bit"}
 
 
 def test_a_sweep_survives_a_failing_point_and_reports_all(words: list[str]) -> None:
