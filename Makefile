@@ -24,7 +24,7 @@ OPTIONS := $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) \
            $(if $(GPUS),launch.num_processes=$(GPUS) launch.device=cuda) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune convert sample evaluate report sweep bench test test-slow lint clean
+.PHONY: help setup finetune convert sample evaluate export report sweep bench test test-slow lint clean
 
 help:  ## this list
 	@echo "usage: make TARGET [MODEL=org/name] [GPUS=n] [EXPERIMENT=name] [ARGS=\"key=value …\"]"
@@ -51,6 +51,9 @@ sample: $(DONE)  ## only the sampling of training data
 
 evaluate: $(DONE)  ## scores of original, converted and healed model
 	@$(RUN) eval.evaluate $(OPTIONS)
+
+export: $(DONE)  ## the healed model for other programs: ARGS=export.form=native or vllm
+	@$(RUN) train.export $(OPTIONS)
 
 report: $(DONE)  ## tables and picture of a finished run
 	@$(RUN) eval.report $(OPTIONS)

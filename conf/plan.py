@@ -5,6 +5,7 @@ outputs/<model>/data-<name>/         sampled shards, shared by every point
 outputs/<model>/<point>/convert/     converted checkpoint
 outputs/<model>/<point>/finetune/    healed checkpoint
 outputs/<model>/<point>/evaluate/    scores of converted and healed
+outputs/<model>/<point>/export-<form>/  what other programs load (train/export.py)
 outputs/<model>/<point>/report/      report.html, report.md, results.json, pictures
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 from conf.evaluation import EvalConfig
 from conf.models import data_folder, model_fingerprint, teacher_config
-from conf.schema import DISTILLATION, Config, DataConfig
+from conf.schema import DISTILLATION, Config, DataConfig, ExportStage
 from conf.stage import Stage, fingerprint, write_json
 
 
@@ -78,6 +79,15 @@ class Plan:
             self.run_dir / "report",
             {"tracking": plain(config.tracking)},
             {"original": self.original.key, "evaluate": self.evaluate.key},
+        )
+
+        self.export = Stage(
+            "export",
+            self.run_dir / f"export-{config.export.form.value}",
+            {"export": plain(config.export)},
+            {"convert": self.convert.key}
+            if config.export.stage is ExportStage.convert
+            else {"finetune": self.finetune.key},
         )
 
     def check_apart(self) -> None:

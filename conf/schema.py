@@ -43,6 +43,16 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class ExportForm(Enum):
+    native = "native"  # DeepSeek-V3's layout
+    vllm = "vllm"  # what vLLM's Transformers backend turns into its own latent attention
+
+
+class ExportStage(Enum):
+    finetune = "finetune"
+    convert = "convert"
+
+
 class TrackingMode(Enum):
     auto = "auto"  # online with a key or a server, else offline
     online = "online"
@@ -275,6 +285,15 @@ class LaunchConfig:
 
 
 @dataclass
+class ExportConfig:
+    """`python -m train.export`: a finished model for other programs."""
+
+    form: ExportForm = ExportForm.native
+    stage: ExportStage = ExportStage.finetune  # whose model
+    dtype: Dtype = Dtype.auto  # auto: that of the checkpoint
+
+
+@dataclass
 class TrackingConfig:
     mode: TrackingMode = TrackingMode.auto
     project: str = "mha2mla"
@@ -312,6 +331,7 @@ class Config:
     study: StudyConfig = field(default_factory=StudyConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     name: str | None = None  # folder of this point; default: see conf/naming.py
     output_dir: str = "outputs"
     force: bool = False  # run a stage again although it is finished

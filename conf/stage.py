@@ -73,6 +73,8 @@ def appearing(folder: Path) -> Iterator[Path]:
         yield temporary
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, ValueError):  # not of the disk, and it says itself what is wrong
+            raise
         raise OSError(
             f"could not write {folder} ({type(error).__name__}: {error}); nothing of it was kept. "
             "If the disk is full, make room, and run the same command again"

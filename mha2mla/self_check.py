@@ -8,8 +8,7 @@ import torch
 
 from mha2mla.families import attention_layers, geometry_of
 from mha2mla.layer import convert_layer
-from mha2mla.modeling.attention_mla import MLAAttention
-from mha2mla.modeling.attention_normed_mla import NormedMLAAttention
+from mha2mla.modeling.modeling_mla import attention_class
 from mha2mla.options import ConversionOptions
 from mha2mla.target import converted_config, layer_kind, rotate_positions, rotations_of
 
@@ -42,7 +41,7 @@ def check_layer(model: Any, index: int) -> float:
     config, own_config = converted_config(model.config, full, layer), copy.deepcopy(model.config)
     config._attn_implementation = own_config._attn_implementation = "eager"
     weights, _ = convert_layer(layer, geometry, full, rotations_of(model)[index], None, torch.float32)
-    converted = (NormedMLAAttention if config.key_scales else MLAAttention)(config, index).eval()
+    converted = attention_class(config)(config, index).eval()
     converted.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
     original = type(layer)(own_config, index).float().eval()
     original.load_state_dict({name: tensor.float().cpu() for name, tensor in layer.state_dict().items()})

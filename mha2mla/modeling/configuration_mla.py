@@ -25,6 +25,7 @@ class MLAConfigMixin:
         1 if one norm goes over all heads, else one a key/value head; 0 without norms.
     qk_norm_joint, qk_norm_eps: whether those norms go over all heads together, and their epsilon.
     rotary_dim: numbers of an original head that rotate; 0: all.
+    served: the attention in the form that serving engines recognise (attention_served_mla.py).
     latent_layers: which layers have latent attention; None: all.
     """
 
@@ -43,6 +44,7 @@ class MLAConfigMixin:
     qk_norm_joint: bool = False
     qk_norm_eps: float = 1e-6
     rotary_dim: int = 0
+    served: bool = False
     latent_layers: list[int] | None = None
 
     base_model_tp_plan: ClassVar[Any] = None  # the family's plan splits projections that are no longer there

@@ -7,6 +7,13 @@ from typing import Any
 
 from .attention_mla import MLAAttention
 from .attention_normed_mla import NormedMLAAttention
+from .attention_served_mla import ServedMLAAttention
+
+
+def attention_class(config: Any) -> type[MLAAttention]:
+    if config.served:
+        return ServedMLAAttention
+    return NormedMLAAttention if config.key_scales else MLAAttention
 
 
 class MLAModelMixin:
@@ -24,7 +31,7 @@ class MLAModelMixin:
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]  # a mixin: the family's class comes next
-        attention = NormedMLAAttention if config.key_scales else MLAAttention
+        attention = attention_class(config)
         for index, layer in enumerate(self.layers):
             if config.latent_layers is None or index in config.latent_layers:
                 setattr(layer, self.attention_name, attention(config, index))

@@ -15,7 +15,7 @@ import conf
 from conf.plan import Plan
 from conf.schema import Config, typed_config
 from eval.text import passages
-from mha2mla import ConversionOptions, convert
+from mha2mla import ConversionOptions, collect_statistics, convert, needs_calibration
 
 WINDOW = 1024
 TASKS = "[passkey,classification,code_completion]"
@@ -85,7 +85,7 @@ def write_original(folder: Path, original: PreTrainedModel | None = None) -> Non
     tokenizer().save_pretrained(folder / "model")
 
 
-def finish_before_evaluation(config: Config) -> Plan:
+def finish_before_evaluation(config: Config, mla: ConversionOptions | None = None) -> Plan:
     """Sampled data, a converted and a "healed" model in the folders of `config`'s plan, sealed as finished."""
     plan = Plan(config)
     ids = [token for text in passages()[:40] for token in [*tokenizer()(text)["input_ids"], 2]]
@@ -96,7 +96,9 @@ def finish_before_evaluation(config: Config) -> Plan:
         pq.write_table(
             pa.table({"input_ids": rows, "position_ids": positions}), stage.folder / "validation-00000.parquet"
         )
-    converted, report = convert(model(), ConversionOptions(rope_dim=4, kv_lora_rank=6))
+    mla = mla or ConversionOptions(rope_dim=4, kv_lora_rank=6)
+    statistics = collect_statistics(model(), [torch.tensor(rows[:4])]) if needs_calibration(mla) else None
+    converted, report = convert(model(), mla, statistics)
     with plan.convert.run() as stage:
         converted.save_pretrained(stage.folder)
         (stage.folder / "conversion.json").write_text(json.dumps(report.to_dict()))
@@ -111,5 +113,6 @@ def finish_before_evaluation(config: Config) -> Plan:
     }
     with plan.finetune.run() as stage:
         converted.save_pretrained(stage.folder)
+        tokenizer().save_pretrained(stage.folder)
         (stage.folder / "history.json").write_text(json.dumps(history))
     return plan
