@@ -1,0 +1,93 @@
+"""What `train.inspect` says of a model is what conversion, cache and exports then do; no weights are read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert
+from tests.tiny import FAMILIES, preset, tiny_model, tokens
+from train.inspect import inspect
+from train.resources import H100, TWO_CORES, conversion, healing, sizes_of
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+def saved(folder: Path, family: str) -> torch.nn.Module:
+    model = tiny_model(family, 4 if family == "gpt_neox" else 2)
+    model.config.save_pretrained(folder)  # the configuration alone
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_are_those_of_the_conversion(family: str, tmp_path: Path) -> None:
+    model = saved(tmp_path, family)
+    found = inspect(str(tmp_path), [0.5])
+    assert found["family"] == family and found["parameters"] == sum(p.numel() for p in model.parameters())
+    statistics = collect_statistics(model, [tokens(4, 24)])
+    converted, _ = convert(model, ConversionOptions(**preset("best"), reduction=0.5), statistics)
+    ids = tokens(1, 6)
+    with torch.no_grad():
+        sizes = [cache_bytes(each(ids, use_cache=True).past_key_values) / 6 / 2 for each in (model, converted)]
+    [budget] = found["budgets"]
+    assert [found["cache_bytes_per_token"], budget["cache_bytes_per_token"]] == sizes  # 16 bits, measured in 32
+    assert budget["native"] or family in ("llama", "mistral", "phi3", "granite")
+
+
+def test_what_a_user_sees_fits_eighty_columns_and_json_is_whole(tmp_path: Path) -> None:
+    saved(tmp_path, "qwen3")
+    command = [sys.executable, "-m", "train.inspect", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert max(map(len, run.stdout.splitlines())) <= 80
+    assert "grouped-query (GQA): 4 query heads, 2 key/value heads of 12" in run.stdout
+    assert "every key head has a norm" in " ".join(run.stdout.split())
+    as_json = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(as_json.stdout)["budgets"][0]["kernels"] == ["Triton MLA"]
+
+
+REFUSED = {
+    "has no attention": {"model_type": "mamba"},
+    "is an encoder-decoder": {"model_type": "t5"},
+    "brings code of its own": {"model_type": "odd", "auto_map": {"AutoConfig": "odd.OddConfig"}},
+    "cannot be read": None,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_converted_ends_in_one_line(message: str, tmp_path: Path) -> None:
+    if REFUSED[message] is not None:
+        (tmp_path / "config.json").write_text(json.dumps(REFUSED[message]))
+    command = [sys.executable, "-m", "train.inspect", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1
+
+
+def within(factor: float, estimate: float, measured: float) -> bool:
+    return measured / factor < estimate < measured * factor
+
+
+def test_the_formula_is_within_a_factor_of_two_of_what_was_measured() -> None:
+    from transformers import AutoConfig
+
+    # SmolLM2-135M's sizes, whose weights as unpacked are float32.
+    config = AutoConfig.for_model(
+        "llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, dtype="float32",
+    )  # fmt: skip
+    sizes = sizes_of(config)
+    default = json.loads((RESULTS / "default_run.json").read_text())["stages"]
+    found = conversion(config, sizes, 16384, 40, 1024, TWO_CORES)
+    assert within(2, found["seconds"], default["convert"]["seconds"])
+    found = healing(sizes, 65536, 2, 512, TWO_CORES, trainable="attention")
+    assert within(2, found["seconds"], default["finetune"]["seconds"])
+    rows = json.loads((RESULTS / "train_speed_gpu.json").read_text())["rows"]
+    for row in rows:
+        if row["torch_compile"]:
+            continue
+        found = healing(sizes, 1e6, row["sequences"], 2048, H100, trainable=row["trainable"])
+        assert within(1.5, found["gib"], row["peak_memory_gib"]), row
+        assert within(2, found["seconds"], 1e6 / row["tokens_per_second"]), row
