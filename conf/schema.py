@@ -43,6 +43,12 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Streamed(Enum):
+    auto = "auto"  # where original and converted model would take most of the free memory
+    on = "on"
+    off = "off"
+
+
 class ExportForm(Enum):
     native = "native"  # DeepSeek-V3's layout
     vllm = "vllm"  # what vLLM's Transformers backend turns into its own latent attention
@@ -276,6 +282,7 @@ class LaunchConfig:
     num_processes: int | None = None  # default: all GPUs seen, or 1
     device: Device = Device.auto
     accelerate_config: str | None = None  # a file written by `accelerate config`
+    streamed: Streamed = Streamed.auto  # convert layer by layer, straight from the checkpoint's files
 
     def __post_init__(self) -> None:
         require(

@@ -20,29 +20,43 @@ class Comparison:
     tokens: int
 
 
+class Tally:
+    """Sums over rows of logits that a comparison is made of."""
+
+    def __init__(self) -> None:
+        self.sums, self.tokens = torch.zeros(4, dtype=torch.float64), 0
+
+    def add(self, theirs: torch.Tensor, ours: torch.Tensor, targets: torch.Tensor) -> None:
+        """Logits [S, V] of both models and the tokens [S] that follow."""
+        theirs = theirs.float().log_softmax(-1)
+        ours = ours.to(theirs.device).float().log_softmax(-1)
+        self.sums += torch.stack(
+            (
+                functional.nll_loss(theirs, targets, reduction="sum"),
+                functional.nll_loss(ours, targets, reduction="sum"),
+                functional.kl_div(ours, theirs, reduction="sum", log_target=True),
+                (ours.argmax(-1) == theirs.argmax(-1)).sum(),
+            )
+        ).cpu()
+        self.tokens += len(targets)
+
+    def comparison(self) -> Comparison:
+        if not self.tokens:
+            raise ValueError("no text to compare the models on: give at least one row of two tokens")
+        nll_original, nll_converted, divergence, agreeing = (self.sums / self.tokens).tolist()
+        return Comparison(math.exp(nll_original), math.exp(nll_converted), divergence, agreeing, self.tokens)
+
+
 @torch.no_grad()
 def compare(original: Any, converted: Any, batches: Iterable[torch.Tensor]) -> Comparison:
     """Run both models over batches of input_ids [B, S], one row at a time so that few logits stand in memory.
 
     Raises ValueError if there is no token to predict.
     """
-    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    tally = Tally()
     for batch in batches:
         for row in batch.split(1):
-            targets = row[0, 1:].to(original.device)
-            theirs = original(row.to(original.device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
-            ours = converted(row.to(converted.device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
-            ours = ours.to(theirs.device)
-            sums += torch.stack(
-                (
-                    functional.nll_loss(theirs, targets, reduction="sum"),
-                    functional.nll_loss(ours, targets, reduction="sum"),
-                    functional.kl_div(ours, theirs, reduction="sum", log_target=True),
-                    (ours.argmax(-1) == theirs.argmax(-1)).sum(),
-                )
-            ).cpu()
-            tokens += len(targets)
-    if not tokens:
-        raise ValueError("no text to compare the models on: give at least one row of two tokens")
-    nll_original, nll_converted, divergence, agreeing = (sums / tokens).tolist()
-    return Comparison(math.exp(nll_original), math.exp(nll_converted), divergence, agreeing, tokens)
+            theirs = original(row.to(original.device), use_cache=False).logits[0, :-1]
+            ours = converted(row.to(converted.device), use_cache=False).logits[0, :-1]
+            tally.add(theirs, ours, row[0, 1:].to(original.device))
+    return tally.comparison()

@@ -66,19 +66,42 @@ def fit_layer(
     learning_rate: float,
 ) -> LayerFit:
     """Fit one layer of a converted decoder, then take the states of both decoders [1, S, d] through it in place."""
-    targets, scales = [], []
+    _, targets = pass_targets(teacher, index, theirs)
+    return fit_to(student, index, ours, targets, steps, learning_rate)
+
+
+@dataclass
+class Targets:
+    """What a layer's attention should give for every sequence, and what an error there is divided by."""
+
+    outputs: list[torch.Tensor]
+    scales: list[torch.Tensor]
+
+
+@torch.no_grad()
+def pass_targets(teacher: Any, index: int, states: list[torch.Tensor]) -> tuple[list[torch.Tensor], Targets]:
+    """Take the original's states through layer `index` in place; returns its attention's inputs, and its targets."""
+    inputs, found = [], Targets([], [])
+    for number, before in enumerate(states):
+        passed = pass_layer(teacher, index, before)
+        # An error matters by its share of the residual stream it is added to: the norm that follows divides by it.
+        found.scales.append(before.float().square().mean(-1, keepdim=True).rsqrt())
+        found.outputs.append(passed.outputs)
+        inputs.append(passed.inputs)
+        states[number] = passed.states
+    return inputs, found
+
+
+def fit_to(
+    student: Any, index: int, states: list[torch.Tensor], targets: Targets, steps: int, learning_rate: float
+) -> LayerFit:
+    """Fit a converted decoder's layer `index`, then take its states through it in place."""
     with torch.no_grad():
-        for number, states in enumerate(theirs):
-            passed = pass_layer(teacher, index, states)
-            # An error matters by its share of the residual stream it is added to: the norm that follows divides by it.
-            scales.append(states.float().square().mean(-1, keepdim=True).rsqrt())
-            targets.append(passed.outputs)
-            theirs[number] = passed.states
-        inputs = [attention_input(student, index, states) for states in ours]
-    fit = fit_attention(student, index, inputs, scales, targets, steps, learning_rate)
+        inputs = [attention_input(student, index, before) for before in states]
+    fit = fit_attention(student, index, inputs, targets.scales, targets.outputs, steps, learning_rate)
     with torch.no_grad():
-        for number, states in enumerate(ours):
-            ours[number] = pass_layer(student, index, states).states
+        for number, before in enumerate(states):
+            states[number] = pass_layer(student, index, before).states
     return fit
 
 

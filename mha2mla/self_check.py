@@ -21,20 +21,30 @@ def self_check(model: Any) -> float:
 
     Every pair rotates and the latent has full rank, on random hidden states in float32. ValueError if it is not small.
     """
+    error = max(check_layer(model, index) for index in first_of_every_kind(model))
+    return require_exact(error, model.config.model_type)
+
+
+def first_of_every_kind(model: Any) -> list[int]:
+    """Numbers of the layers that stand for all others."""
     config, rotary = model.config, model.base_model.rotary_emb
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     kinds: dict[Any, int] = {}
     for index in range(config.num_hidden_layers):
         kinds.setdefault((types[index], layer_kind(rotary, config, index)), index)
-    error = max(check_layer(model, index) for index in kinds.values())
+    return list(kinds.values())
+
+
+def require_exact(error: float, model_type: str) -> float:
     if not error < EXACT:
         raise ValueError(
-            f"conversion of this {config.model_type} model is not exact at full budget (relative error "
+            f"conversion of this {model_type} model is not exact at full budget (relative error "
             f"{error:.1e}, allowed {EXACT}): its attention does something this family's conversion does not know"
         )
     return error
 
 
+@torch.no_grad()
 def check_layer(model: Any, index: int) -> float:
     geometry, layer = geometry_of(model.config), attention_layers(model)[index]
     full = ConversionOptions(rope_dim=geometry.rotary_size, kv_lora_rank=geometry.full_rank(geometry.rotary_size))

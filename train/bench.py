@@ -41,7 +41,7 @@ from conf.stage import provenance
 from conf.timing import seconds_of
 from mha2mla import ConversionOptions, collect_statistics, convert
 from train.batches import next_tokens
-from train.convert import load_pretrained
+from train.convert import load_pretrained, pretrained_config
 from train.launch import start
 from train.losses import LOSSES, loss_function
 from train.model import trainable_model
@@ -99,7 +99,8 @@ def alone(function: Any, *arguments: Any) -> Any:
 
 def write_converted(config: Config, folder: str) -> None:
     transformers.utils.logging.disable_progress_bar()
-    model, _ = load_pretrained(config)
+    pretrained_config(config)
+    model = load_pretrained(config)
     # Any text will do: how fast a step is does not depend on what the weights are.
     statistics = collect_statistics(model, [torch.arange(64)[None]])
     converted, _ = convert(model, ConversionOptions.from_config(config.mla), statistics)

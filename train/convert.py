@@ -6,13 +6,17 @@ Writes a checkpoint that loads by itself, and `conversion.json`: what was asked 
 perplexity of original and converted model on text that no later stage trains on.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import hydra
+import psutil
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from omegaconf import DictConfig
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
@@ -21,20 +25,31 @@ from conf.errors import stage_main
 from conf.memory import peak_memory_gib
 from conf.models import local_model
 from conf.plan import Plan
-from conf.precision import native_autocast, torch_dtype
-from conf.schema import Config, Device
+from conf.precision import Dtype, native_autocast, torch_dtype
+from conf.schema import Config, Device, Streamed
 from conf.stage import write_json
 from data.calibration import calibration_batches, heldout_batches
-from mha2mla import ConversionOptions, collect_statistics, convert, reconstruct, resolve_options
-from mha2mla.compare import compare
+from mha2mla import (
+    ConversionOptions,
+    ConversionReport,
+    collect_statistics,
+    convert,
+    reconstruct,
+    resolve_options,
+)
+from mha2mla.compare import Comparison, compare
 from mha2mla.reconstruct import LayerFit
+from mha2mla.streaming import convert_streamed
 from train.checkpoint import appearing_in
 from train.launch import NO_CUDA
 from train.model import load_model
+from train.resources import sizes_of
+
+MOST = 0.7  # of free memory, that a conversion in memory may take
 
 
-def load_pretrained(config: Config) -> tuple[Any, Any]:
-    """The original model on the device that conversion runs on, and its tokenizer; checks the options first."""
+def pretrained_config(config: Config) -> Any:
+    """The original's own configuration; ValueError if it cannot be read or converted with these options."""
     source = local_model(config)
     try:
         pretrained = AutoConfig.from_pretrained(source, revision=config.model.revision)
@@ -47,16 +62,25 @@ def load_pretrained(config: Config) -> tuple[Any, Any]:
     resolve_options(pretrained, ConversionOptions.from_config(config.mla))
     if config.launch.device is Device.cuda and not torch.cuda.is_available():
         raise ValueError(NO_CUDA)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=config.model.revision)
-    on_gpu = config.launch.device is not Device.cpu and torch.cuda.is_available()
-    dtype = torch_dtype(config.model.dtype, not on_gpu, stored="auto")
-    model = load_model(source, dtype, "get that checkpoint again", revision=config.model.revision)
-    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
+    return pretrained
+
+
+def device_of(config: Config) -> str:
+    return "cuda" if config.launch.device is not Device.cpu and torch.cuda.is_available() else "cpu"
+
+
+def load_pretrained(config: Config) -> Any:
+    """The original model on the device that conversion runs on."""
+    device = device_of(config)
+    dtype = torch_dtype(config.model.dtype, device == "cpu", stored="auto")
+    model = load_model(local_model(config), dtype, "get that checkpoint again", revision=config.model.revision)
+    return model.to(device).eval()
 
 
 def convert_model(config: Config, folder: Path) -> dict[str, Any]:
     """Convert, measure and save into `folder`; returns the stage's metrics."""
-    model, tokenizer = load_pretrained(config)
+    model = load_pretrained(config)
+    tokenizer = AutoTokenizer.from_pretrained(local_model(config), revision=config.model.revision)
     heldout = list(heldout_batches(config, tokenizer))
     print(f"convert: collecting statistics over {config.calibration.tokens:,} tokens", flush=True)
     # Means over thousands of tokens do not need float32 products; the sums are float32 all the same.
@@ -75,6 +99,63 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
         converted.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         write_json(whole / "conversion.json", found | {"comparison": asdict(comparison)})
+    return metrics(report, comparison, statistics.tokens, model.device)
+
+
+def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
+    """The same layer by layer, from the checkpoint's files to those of the converted one."""
+    if config.model.dtype not in (Dtype.auto, Dtype.native):
+        raise ValueError(
+            f"model.dtype={config.model.dtype.value}: layer by layer a checkpoint keeps its dtype; use auto"
+        )
+    source = checkpoint_folder(config)
+    tokenizer, device = AutoTokenizer.from_pretrained(source), device_of(config)
+    calibration, heldout = list(calibration_batches(config, tokenizer)), list(heldout_batches(config, tokenizer))
+    print(f"convert: layer by layer from {source}", flush=True)
+    options, mla = ConversionOptions.from_config(config.mla), config.mla
+    with native_autocast(device), layer_progress(layers, "converted") as on_layer:
+        found = convert_streamed(
+            source,
+            folder,
+            options,
+            calibration,
+            heldout,
+            mla.reconstruction_steps,
+            mla.reconstruction_learning_rate,
+            device,
+            on_layer,
+        )
+    assert found.comparison is not None
+    report = found.report
+    print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)
+    tokenizer.save_pretrained(folder)
+    fits, comparison = [asdict(fit) for fit in found.fits], asdict(found.comparison)
+    write_json(folder / "conversion.json", report.to_dict() | {"reconstruction": fits, "comparison": comparison})
+    tokens = sum(batch.numel() for batch in calibration)
+    return metrics(report, found.comparison, tokens, torch.device(device))
+
+
+def checkpoint_folder(config: Config) -> Path:
+    """The folder of the checkpoint's files, fetched from the hub if need be."""
+    source = local_model(config)
+    if Path(source).expanduser().is_dir():
+        return Path(source).expanduser()
+    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model", "*.txt"]
+    return Path(snapshot_download(source, revision=config.model.revision, allow_patterns=wanted))
+
+
+def is_streamed(config: Config, pretrained: Any) -> bool:
+    """Whether to convert layer by layer: as told, else where both models would take most of the free memory."""
+    if config.launch.streamed is not Streamed.auto:
+        return config.launch.streamed is Streamed.on
+    sizes = sizes_of(pretrained)
+    both = 2 * sizes.total * sizes.stored
+    free = torch.cuda.mem_get_info()[0] if device_of(config) == "cuda" else psutil.virtual_memory().available
+    return both > MOST * free
+
+
+def metrics(report: ConversionReport, comparison: Comparison, tokens: int, device: torch.device) -> dict[str, Any]:
+    """What the stage's record keeps, and the line that says how far conversion alone comes."""
     print(
         f"convert: perplexity {comparison.perplexity_original:.2f} -> {comparison.perplexity_converted:,.2f} "
         f"before healing ({comparison.tokens:,} held-out tokens)",
@@ -84,27 +165,33 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
         "cache_size": report.cache_size,
         "original_cache_size": report.original_cache_size,
         "reduction": report.reduction,
-        "calibration_tokens": statistics.tokens,
-        "peak_memory_gib": peak_memory_gib(model.device),
+        "calibration_tokens": tokens,
+        "peak_memory_gib": peak_memory_gib(device),
         **asdict(comparison),
     }
 
 
 def fit_layers(model: Any, converted: Any, calibration: list[torch.Tensor], config: Config) -> list[dict[str, float]]:
     """Layer-wise reconstruction on the calibration text."""
-    fits: list[dict[str, float]] = []
-    layers = model.config.num_hidden_layers
-    with tqdm(total=layers, desc="reconstruct", unit="layer", disable=None) as bar:
+    mla = config.mla
+    with layer_progress(model.config.num_hidden_layers, "reconstructed") as on_layer:
+        fits = reconstruct(
+            model, converted, calibration, mla.reconstruction_steps, mla.reconstruction_learning_rate, on_layer
+        )
+    return [asdict(fit) for fit in fits]
 
-        def on_layer(index: int, fit: LayerFit) -> None:
-            fits.append(asdict(fit))
+
+@contextmanager
+def layer_progress(layers: int, done: str) -> Iterator[Callable[[int, LayerFit], None]]:
+    """A bar over layers on a terminal, a line every ten layers elsewhere."""
+    with tqdm(total=layers, desc=done, unit="layer", disable=None) as bar:
+
+        def on_layer(index: int, _: LayerFit) -> None:
             bar.update()
             if bar.disable and (index + 1) % 10 == 0:
-                print(f"convert: {index + 1} of {layers} layers reconstructed", flush=True)
+                print(f"convert: {index + 1} of {layers} layers {done}", flush=True)
 
-        mla = config.mla
-        reconstruct(model, converted, calibration, mla.reconstruction_steps, mla.reconstruction_learning_rate, on_layer)
-    return fits
+        yield on_layer
 
 
 def summary(size: float, original: int, reduction: float) -> str:
@@ -116,8 +203,13 @@ def run(config: Config) -> None:
     stage = Plan(config).convert
     if stage.skip(config.force):
         return
-    with stage.run(force=config.force):
-        stage.metrics |= convert_model(config, stage.folder)
+    pretrained = pretrained_config(config)
+    streamed = is_streamed(config, pretrained)
+    with stage.run(resumable=streamed, force=config.force):
+        if streamed:
+            stage.metrics |= stream_model(config, stage.folder, pretrained.num_hidden_layers)
+        else:
+            stage.metrics |= convert_model(config, stage.folder)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -85,15 +85,17 @@ def test_one_command_to_a_healed_model_and_a_report(words: list[str]) -> None:
     assert changed.stderr.strip() == "error: finetune.learning_rate=-1.0 must be positive"
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "qwen3_moe"])
-def test_other_families_go_all_the_way(family: str, tmp_path: Path) -> None:
-    """By distillation with hidden states, and scored with a coded cache."""
+@pytest.mark.parametrize(("family", "streamed"), [("gpt_neox", "off"), ("qwen3_moe", "on")])
+def test_other_families_go_all_the_way(family: str, streamed: str, tmp_path: Path) -> None:
+    """Converted in memory or layer by layer, healed by distillation with hidden states, scored with a coded cache."""
     original = tiny_model(family, vocab_size=len(tokenizer()), max_position_embeddings=512)
     words = command_line(tmp_path, original)
     changes = ["method=best", "mla.reduction=0.5", "mla.reconstruction_steps=3", "finetune.loss=kd+hidden"]
+    changes.append(f"launch.streamed={streamed}")
     run = pipeline(*words, *changes, "mla.kv_lora_rank=8", "mla.reduction=null", "eval.cache_bits=[8]", "name=point")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     results = json.loads((tmp_path / "outputs" / "model" / "point" / "report" / "results.json").read_text())
+    assert ("layer by layer" in run.stdout) == (streamed == "on")
     assert set(results["score"]) == {"original", "converted", "healed", "healed-8bit"}
 
 

@@ -1,0 +1,307 @@
+"""Conversion of a checkpoint layer by layer, for models larger than memory.
+
+Only the layer at hand is in memory, with the states of the text before it: those of the original, which the layer's
+statistics and targets come from, and those of the converted layers, which it is fitted on. A finished layer is a file
+of the new checkpoint; beside it lie the states that the next begins with. So a killed conversion goes on at the layer
+it was at, and its result is the same to the last bit.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+from mha2mla.compare import Comparison, Tally
+from mha2mla.convert import ConversionReport, conversion_report, needs_calibration, resolve_options
+from mha2mla.families import attention_layers, family_of, geometry_of
+from mha2mla.layer import LayerReport, convert_layer
+from mha2mla.layerwise import embed, pass_layer
+from mha2mla.options import ConversionOptions
+from mha2mla.reconstruct import LayerFit, fit_to, pass_targets
+from mha2mla.self_check import check_layer, first_of_every_kind, require_exact
+from mha2mla.shards import Shards, without_weights, write_index, write_shard
+from mha2mla.statistics import LayerStatistics
+from mha2mla.target import chosen_layers, converted_config, rotations_of
+
+STATE = "unfinished"  # folder of what a restart needs
+PROGRESS = "progress.json"
+
+
+@dataclass
+class Text:
+    """States [1, S, d] of every sequence before the next layer, in the original and in the converted model."""
+
+    theirs: list[torch.Tensor]
+    ours: list[torch.Tensor]
+
+
+@dataclass
+class Progress:
+    """What is done of a conversion: layers, their reports, and what it was asked for."""
+
+    key: str
+    layers: int = 0
+    error: float = 0.0
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    fits: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Streamed:
+    report: ConversionReport
+    fits: list[LayerFit]
+    comparison: Comparison | None
+
+
+def convert_streamed(
+    source: Path | str,
+    output: Path,
+    options: ConversionOptions,
+    calibration: list[torch.Tensor],
+    heldout: list[torch.Tensor],
+    steps: int = 0,
+    learning_rate: float = 1e-3,
+    device: str = "cpu",
+    on_layer: Callable[[int, LayerFit], None] | None = None,
+) -> Streamed:
+    """Convert a checkpoint folder of safetensors into `output`, with statistics and reconstruction.
+
+    calibration, heldout: input_ids [B, S] without padding; the perplexities of both models are measured on the latter.
+    steps, learning_rate: of reconstruction (mha2mla/reconstruct.py). `on_layer` is told of every layer, also of those
+    that an earlier run finished. What `convert` and `reconstruct` give on the whole model, to rounding.
+    Raises ValueError for missing or broken files, and for rank_allocation other than uniform.
+    """
+    job = start(Path(source), output, options, steps, learning_rate, device)
+    if needs_calibration(job.options) and not calibration:
+        raise ValueError(f"{', '.join(needs_calibration(job.options))}: looks at calibration text; give some")
+    key = json.dumps([asdict(job.options), steps, learning_rate, [len(calibration), len(heldout)]])
+    progress = read_progress(output, key)
+    layers = job.config.num_hidden_layers
+    if progress.layers:
+        texts = read_states(output, progress.layers)
+    else:
+        write_rest(output, job.shards, f"{job.prefix}layers.", layers)
+        texts = first_states(job, [calibration, heldout])
+    for index in range(layers):
+        if index >= progress.layers:
+            fit = convert_one(job, index, texts, progress)
+            progress.layers += 1
+            progress.fits.append(asdict(fit))
+            write_states(output, progress, texts)
+        if on_layer:
+            on_layer(index, LayerFit(**progress.fits[index]))
+    comparison = compare_states(job, texts[1], heldout) if heldout else None
+    finish(job)
+    ranks = [job.options.kv_lora_rank or 0] * layers
+    reports = [LayerReport(**each) for each in progress.reports]
+    report = conversion_report(job.config, job.options, ranks, progress.error, reports)
+    return Streamed(report, [LayerFit(**each) for each in progress.fits], comparison)
+
+
+@dataclass
+class Job:
+    """One conversion: two skeletons whose layers are filled one at a time, and what fills them."""
+
+    source: Path
+    output: Path
+    config: Any
+    own_config: Any
+    options: ConversionOptions
+    shards: Shards
+    teacher: Any
+    student: Any
+    steps: int
+    learning_rate: float
+    device: str
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.teacher.base_model_prefix}."
+
+
+def start(source: Path, output: Path, options: ConversionOptions, steps: int, learning_rate: float, device: str) -> Job:
+    """Check everything that configuration and files can tell, and build both skeletons."""
+    config = AutoConfig.from_pretrained(source)
+    family, shards = family_of(config), Shards(source)
+    options = resolve_options(config, options)
+    if options.rank_allocation != "uniform":
+        raise ValueError(
+            f"rank_allocation={options.rank_allocation} compares all layers before the first is converted; layer by "
+            "layer only uniform is possible"
+        )
+    with without_weights():
+        teacher = AutoModelForCausalLM.from_config(config).eval()
+        first = chosen_layers(config, options)[0]
+        own_config = converted_config(config, options, attention_layers(teacher)[first])
+        student = family.causal_lm_class(own_config).eval()
+    student.base_model.rotary_emb = teacher.base_model.rotary_emb.to(device)
+    (output / STATE).mkdir(parents=True, exist_ok=True)
+    return Job(source, output, config, own_config, options, shards, teacher, student, steps, learning_rate, device)
+
+
+def convert_one(job: Job, index: int, texts: list[Text], progress: Progress) -> LayerFit:
+    """Convert and fit one layer, take all states through it, and write its file."""
+    config, teacher, student = job.config, job.teacher, job.student
+    name, geometry = f"{job.prefix}layers.{index}.", geometry_of(config)
+    layer, copy = teacher.base_model.layers[index], student.base_model.layers[index]
+    job.shards.fill(layer, name, job.device)
+    inputs, targets = pass_targets(teacher.base_model, index, texts[0].theirs)
+    state, latent = layer.state_dict(), index in chosen_layers(config, job.options)
+    if latent:
+        original, own = attention_layers(teacher)[index], f"{family_of(config).attention_name}."
+        statistics, rotation = statistics_of(original, inputs, geometry), rotations_of(teacher)[index]
+        with torch.autocast(torch.device(job.device).type, enabled=False):
+            if index in first_of_every_kind(teacher):
+                progress.error = max(progress.error, require_exact(check_layer(teacher, index), config.model_type))
+            weights, report = convert_layer(original, geometry, job.options, rotation, statistics)
+        progress.reports.append(asdict(report))
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(own)}
+        # Cloned: what conversion leaves as it was is still the original layer's own.
+        state |= {own + key: tensor.clone() for key, tensor in weights.items()}
+    del inputs
+    copy.load_state_dict(state, assign=True)
+    fit = LayerFit(0.0, 0.0)
+    if texts[0].ours:
+        steps = job.steps if latent else 0
+        fit = fit_to(student.base_model, index, texts[0].ours, targets, steps, job.learning_rate)
+    with torch.no_grad():
+        for model, states in ((teacher, texts[1].theirs), (student, texts[1].ours)):
+            states[:] = [pass_layer(model.base_model, index, before).states for before in states]
+    tensors = {name + key: tensor for key, tensor in copy.state_dict().items()}
+    write_shard(shard_file(job.output, index + 1, config.num_hidden_layers), tensors)
+    layer.to("meta")
+    copy.to("meta")
+    return fit
+
+
+def statistics_of(attention: Any, inputs: list[torch.Tensor], geometry: Any) -> LayerStatistics | None:
+    """The same as `collect_statistics` has of this layer; None without text."""
+    if not inputs:
+        return None
+    statistics = LayerStatistics.zeros(geometry, inputs[0].device)
+    with torch.no_grad():
+        for states in inputs:
+            statistics.observe(attention, states.flatten(0, 1), geometry)
+    statistics.divide(sum(states.shape[0] * states.shape[1] for states in inputs))
+    return statistics
+
+
+@torch.no_grad()
+def first_states(job: Job, batches: list[list[torch.Tensor]]) -> list[Text]:
+    """States of every sequence before the first layer; the embedding is in memory only meanwhile."""
+    embedding = job.teacher.get_input_embeddings()
+    job.shards.fill(embedding, f"{name_of(embedding, job.teacher)}.", job.device)
+    texts = []
+    for some in batches:
+        states = [embed(job.teacher.base_model, row.to(job.device)) for batch in some for row in batch.split(1)]
+        texts.append(Text(states, [row.clone() for row in states]))
+    embedding.to("meta")
+    return texts
+
+
+def name_of(module: nn.Module, model: nn.Module) -> str:
+    return next(name for name, each in model.named_modules() if each is module)
+
+
+class Given(nn.Module):
+    """In place of all layers: states that are known."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self.states
+
+
+@torch.no_grad()
+def compare_states(job: Job, text: Text, batches: list[torch.Tensor]) -> Comparison:
+    """`compare` of both models, from the states behind their last layers: the end of the model is the same in both."""
+    teacher, decoder = job.teacher, job.teacher.base_model
+    head = teacher.get_output_embeddings()
+    stored = teacher.get_input_embeddings() if job.config.tie_word_embeddings else head
+    job.shards.fill(head, f"{name_of(stored, teacher)}.", job.device)
+    for name, module in decoder.named_children():
+        if "norm" in name:
+            job.shards.fill(module, f"{job.prefix}{name}.", job.device)
+    tally, layers = Tally(), decoder.layers
+    rows = [row for batch in batches for row in batch.split(1)]
+    for row, theirs, ours in zip(rows, text.theirs, text.ours, strict=True):
+        logits = []
+        for states in (theirs, ours):
+            decoder.layers = nn.ModuleList([Given(states)])
+            logits.append(teacher(inputs_embeds=torch.zeros_like(states), use_cache=False).logits[0, :-1])
+        tally.add(logits[0], logits[1], row[0, 1:].to(job.device))
+    decoder.layers = layers
+    return tally.comparison()
+
+
+def shard_file(output: Path, number: int, layers: int) -> Path:
+    return output / f"model-{number + 1:05d}-of-{layers + 1:05d}.safetensors"
+
+
+def write_rest(output: Path, shards: Shards, layers: str, number: int) -> None:
+    """The first file: everything that is in no layer."""
+    write_shard(
+        shard_file(output, 0, number), {name: shards.read(name) for name in shards.files if not name.startswith(layers)}
+    )
+
+
+def read_progress(output: Path, key: str) -> Progress:
+    """What an earlier run of the same conversion has done; of another one nothing is kept."""
+    file = output / STATE / PROGRESS
+    if file.exists():
+        progress = Progress(**json.loads(file.read_text()))
+        if progress.key == key:
+            return progress
+    return Progress(key)
+
+
+def states_file(output: Path, layers: int) -> Path:
+    return output / STATE / f"states-{layers:05d}.safetensors"
+
+
+def write_states(output: Path, progress: Progress, texts: list[Text]) -> None:
+    """The states first, then the note that they hold, then the earlier ones go: a kill in between loses one layer."""
+    named = {
+        f"{number}.{side}.{row:06d}": states
+        for number, text in enumerate(texts)
+        for side in ("theirs", "ours")
+        for row, states in enumerate(getattr(text, side))
+    }
+    write_shard(states_file(output, progress.layers), named)
+    file = output / STATE / PROGRESS
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(progress)))
+    temporary.replace(file)
+    states_file(output, progress.layers - 1).unlink(missing_ok=True)
+
+
+def read_states(output: Path, layers: int) -> list[Text]:
+    found = load_file(states_file(output, layers))
+    texts = [Text([], []), Text([], [])]
+    for name in sorted(found):
+        number, side, _ = name.split(".")
+        getattr(texts[int(number)], side).append(found[name])
+    return texts
+
+
+def finish(job: Job) -> None:
+    """What makes the files a checkpoint, its configuration last."""
+    write_index(job.output)
+    first = next(name for name in job.shards.files if "norm" in name)
+    job.own_config.architectures = [type(job.student).__name__]
+    job.own_config.dtype = job.shards.read(first).dtype
+    custom_object_save(job.student, job.output, config=job.own_config)
+    if (job.source / "generation_config.json").exists():
+        GenerationConfig.from_pretrained(job.source).save_pretrained(job.output)
+    job.own_config.save_pretrained(job.output)
+    shutil.rmtree(job.output / STATE)
