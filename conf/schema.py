@@ -43,6 +43,12 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Sharding(Enum):
+    none = "none"  # every process holds the whole model
+    fsdp2 = "fsdp2"  # torch's fully_shard, through Accelerate on GPUs
+    zero3 = "zero3"  # DeepSpeed, GPUs alone
+
+
 class Streamed(Enum):
     auto = "auto"  # where original and converted model would take most of the free memory
     on = "on"
@@ -282,6 +288,11 @@ class LaunchConfig:
     num_processes: int | None = None  # default: all GPUs seen, or 1
     device: Device = Device.auto
     accelerate_config: str | None = None  # a file written by `accelerate config`
+    sharding: Sharding = Sharding.none  # of weights, gradients and moments over the processes
+    num_machines: int = 1
+    machine_rank: int = 0  # of this machine; the same command on each
+    main_process_ip: str | None = None  # of machine 0
+    main_process_port: int = 29500
     streamed: Streamed = Streamed.auto  # convert layer by layer, straight from the checkpoint's files
 
     def __post_init__(self) -> None:
@@ -289,6 +300,18 @@ class LaunchConfig:
             self.num_processes is None or self.num_processes >= 1,
             f"launch.num_processes={self.num_processes} must be at least 1",
         )
+        require(
+            0 <= self.machine_rank < self.num_machines,
+            f"launch.machine_rank={self.machine_rank} must lie in 0..{self.num_machines - 1} (launch.num_machines)",
+        )
+        if self.num_machines > 1:
+            require(bool(self.main_process_ip), "launch.num_machines > 1 needs launch.main_process_ip, of machine 0")
+            require(bool(self.num_processes), "launch.num_machines > 1 needs launch.num_processes, of all machines")
+            require(
+                (self.num_processes or 0) % self.num_machines == 0,
+                f"launch.num_processes={self.num_processes} is of all machines: a multiple of launch.num_machines="
+                f"{self.num_machines}",
+            )
 
 
 @dataclass

@@ -159,13 +159,36 @@ class Stage:
         elif self.folder.exists() and any(self.folder.iterdir()):
             aside = self.folder.with_name(f"{self.folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
             self.folder.rename(aside)
-            print(f"{self.name}: kept the earlier {self.folder} as {aside.name}", flush=True)
+            changed = differences(aside / "config.yaml", self.config)
+            reason = f" ({', '.join(changed)})" if changed else ""
+            print(f"{self.name}: kept the earlier {self.folder} as {aside.name}{reason}", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         marker.write_text(self.key)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
 
 
 MAKE_TARGETS = {"sample": "sample", "convert": "convert", "finetune": "finetune", "evaluate": "evaluate"}
+
+
+def differences(file: Path, config: dict[str, Any], most: int = 6) -> list[str]:
+    """`key: old -> new` of every setting in which a stage's file differs from a configuration, the first few."""
+
+    def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(settings, dict):
+            return {prefix: settings}
+        return {
+            key: value
+            for name, part in settings.items()
+            for key, value in flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+
+    try:
+        before, after = flat(yaml.safe_load(file.read_text()) or {}), flat(config)
+    except (OSError, yaml.YAMLError):
+        return []
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    found = [f"{name}: {before.get(name, 'unset')} -> {after.get(name, 'unset')}" for name in names]
+    return found[:most] + ([f"and {len(found) - most} more"] if len(found) > most else [])
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

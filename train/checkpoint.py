@@ -1,7 +1,7 @@
 """Checkpoints of a running fine-tuning: `checkpoints/step-000020`, complete or not there at all.
 
-Accelerate saves and loads weights, optimiser, gradient scaler and random states; `progress.json` beside them holds
-the position in the data and the history so far. A checkpoint is written under a temporary name and renamed when
+Weights, optimiser and gradient scaler are saved and loaded by train/sharding.py; `progress.json` beside them holds the
+position in the data and the history so far. A checkpoint is written under a temporary name and renamed when
 whole, so a process killed at any moment finds the last whole one. The schedule is a function of the step.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from torch import nn
@@ -20,6 +20,14 @@ from torch import nn
 from conf.stage import TEMPORARY, appearing, write_json
 
 PROGRESS_FILE = "progress.json"
+
+
+class States(Protocol):
+    """Saves and loads all that is a tensor; called by every process."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
 
 
 @dataclass
@@ -89,12 +97,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def save_checkpoint(accelerator: Accelerator, progress: Progress, folder: Path, keep: int) -> None:
+def save_checkpoint(accelerator: Accelerator, states: States, progress: Progress, folder: Path, keep: int) -> None:
     """Write `folder/step-<step>` and drop all but the newest `keep`. Called by every process."""
     target = folder / f"step-{progress.step:06d}"
     with appearing(target) if accelerator.is_main_process else others(target) as temporary:
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
+        states.save(temporary)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_json(temporary / PROGRESS_FILE, asdict(progress))
@@ -111,13 +119,13 @@ def others(folder: Path) -> Iterator[Path]:
     yield folder.with_name(folder.name + TEMPORARY)
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
+def load_checkpoint(states: States, folder: Path) -> Progress:
     """Bring prepared model and optimiser to the last whole checkpoint; a fresh `Progress` if there is none."""
     found = checkpoints(folder)
     if not found:
         return Progress()
     try:
-        accelerator.load_state(str(found[-1]))
+        states.load(found[-1])
         return Progress(**json.loads((found[-1] / PROGRESS_FILE).read_text()))
     except Exception as error:
         raise ValueError(f"cannot resume from {found[-1]} ({error}); remove that folder and start again") from error
@@ -126,8 +134,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
 def without_wrappers(accelerator: Accelerator) -> None:
     """Save and load the bare model's names, so that one process continues what two began and the reverse.
 
-    Accelerate would save what DistributedDataParallel calls the weights. Sharded models (FSDP, ZeRO) have a
-    format of their own and come here with empty lists.
+    Accelerate would save what DistributedDataParallel calls the weights. DeepSpeed has a format of its own and comes
+    here with empty lists.
     """
 
     def bare(model: nn.Module) -> nn.Module:

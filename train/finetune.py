@@ -36,7 +36,7 @@ from transformers import AutoTokenizer
 from conf.errors import stage_main
 from conf.memory import peak_memory_gib
 from conf.plan import Plan, plain, teacher_fingerprint
-from conf.schema import Config, FinetuneConfig
+from conf.schema import Config, FinetuneConfig, Sharding
 from conf.tracking import open_run
 from data.windows import text_windows
 from train.batches import PackedRows, TextRows, TrainingOrder, micro_batch, mix_seed
@@ -46,6 +46,7 @@ from train.losses import check_loss, cross_entropy, loss_function
 from train.model import save_model, trainable_model
 from train.progress import Display
 from train.schedule import learning_rate_factor
+from train.sharding import ShardedStates, WholeStates, accumulating, clip, prepare
 from train.stored_teacher import StoredTeacher, stored_teacher
 from train.targets import IGNORE
 from train.teacher import check_teacher, load_teacher
@@ -63,11 +64,13 @@ def finetune(
     teacher: nn.Module | None = None,
     text: TextRows | None = None,
     stored: Callable[[PackedRows, nn.Module], StoredTeacher] | None = None,
+    sharding: Sharding = Sharding.none,
 ) -> dict[str, Any]:
     """Train the checkpoint in `model_dir` on the shards in `data_dir`; write the result into `output`.
 
     `teacher` is the frozen model that a loss of distillation learns from (train/teacher.py), on the device.
     `stored` makes or finds what a loss learns from instead (train/stored_teacher.py), for training rows and model.
+    `sharding` is how the processes share the model (train/sharding.py).
     `text` is another text whose perplexity is measured whenever validation is.
     Called by every process alike. Continues from the last checkpoint in `output/checkpoints` if there is one.
     Returns the metrics of the run. Raises ValueError for settings that cannot work, before training starts.
@@ -92,13 +95,17 @@ def finetune(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trained_parameters = sum(parameter.numel() for parameter in trained)
+    trained_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = torch.optim.AdamW(trained, config.learning_rate, betas, weight_decay=config.weight_decay)
-    model, optimizer = accelerator.prepare(model, optimizer)
+
+    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, config.learning_rate, betas, weight_decay=config.weight_decay)
+
+    model, optimizer = prepare(accelerator, model, make_optimizer, sharding)
     without_wrappers(accelerator)
-    progress = load_checkpoint(accelerator, output / "checkpoints")
+    states = ShardedStates(model, optimizer) if sharding is Sharding.fsdp2 else WholeStates(accelerator)
+    progress = load_checkpoint(states, output / "checkpoints")
 
     display = Display(steps, progress.step, shown=accelerator.is_main_process)
     display.line(
@@ -147,12 +154,12 @@ def finetune(
         for index in mine:
             torch.manual_seed(mix_seed(config.seed, step, index))  # dropout follows the data, not the process
             micro = micro_batch(batch, index, config.micro_batch_size, accelerator.device)
-            # Gradients are exchanged in the last backward alone, and averaged: hence the number of processes.
-            with nullcontext() if index == mine[-1] else accelerator.no_sync(model):
+            # Gradients are averaged over the processes: hence their number.
+            with accumulating(accelerator, model, last=index == mine[-1]):
                 loss, _ = loss_of(model, micro)
                 accelerator.backward(loss * accelerator.num_processes / targets)
             loss_sum += loss.detach()
-        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+        grad_norm = clip(accelerator, model, config.max_grad_norm)
         total = float(accelerator.reduce(loss_sum, "sum"))
         check_finite(step, total / targets, grad_norm, accelerator.mixed_precision)
         optimizer.step()
@@ -168,7 +175,7 @@ def finetune(
         if done % config.eval_every == 0 or done == steps:
             validate()
         if done % config.save_every == 0:
-            save_checkpoint(accelerator, progress, output / "checkpoints", config.keep_checkpoints)
+            save_checkpoint(accelerator, states, progress, output / "checkpoints", config.keep_checkpoints)
     display.close()
 
     save_model(accelerator, model, model_dir, output, config)
@@ -300,6 +307,7 @@ def run(config: Config) -> None:
                 teacher,
                 text_rows(config, plan.convert.folder),
                 functools.partial(stored_rows, config, plan, accelerator) if top_k else None,
+                config.launch.sharding,
             )
             if tracker:
                 tracker.summary.update(stage.metrics)

@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from conf.precision import computes_bfloat16
 from conf.schema import Device, FinetuneConfig, LaunchConfig, Precision
+from train.sharding import plugins
 
 NO_CUDA = "launch.device=cuda, but torch sees no CUDA device; use launch.device=auto or cpu"
 
@@ -40,12 +41,24 @@ def launch_command(launch: LaunchConfig, module: str, arguments: list[str]) -> t
         return [*python, module, *arguments], {}
     if gpus:
         # Port 0 takes a free one: two runs on one machine must not meet. The training sets its own precision.
-        options = ["--multi_gpu", "--num_machines", "1", "--main_process_port", "0"]
+        options = ["--multi_gpu", "--num_machines", str(launch.num_machines)]
+        options += ["--main_process_port", "0"] if launch.num_machines == 1 else meeting_point(launch)
         options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(processes)]
         return [*accelerate, *options, "-m", module, *arguments], {}
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // processes))
-    torchrun = [*python, "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    meet = ["--standalone"]
+    if launch.num_machines > 1:
+        meet = ["--nnodes", str(launch.num_machines), "--node_rank", str(launch.machine_rank)]
+        meet += ["--master_addr", str(launch.main_process_ip), "--master_port", str(launch.main_process_port)]
+    here = str(processes // launch.num_machines)
+    torchrun = [*python, "torch.distributed.run", *meet, "--nproc_per_node", here]
     return [*torchrun, "-m", module, *arguments], {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": threads}
+
+
+def meeting_point(launch: LaunchConfig) -> list[str]:
+    """Where the machines of one training find each other."""
+    options = ["--machine_rank", str(launch.machine_rank), "--main_process_ip", str(launch.main_process_ip)]
+    return [*options, "--main_process_port", str(launch.main_process_port)]
 
 
 def processes_and_gpus(launch: LaunchConfig) -> tuple[int, int]:
@@ -54,7 +67,7 @@ def processes_and_gpus(launch: LaunchConfig) -> tuple[int, int]:
     if launch.device is Device.cuda and not gpus:
         raise ValueError(NO_CUDA)
     processes = launch.num_processes or max(gpus, 1)
-    if gpus and processes > gpus:
+    if gpus and processes > gpus * launch.num_machines:
         raise ValueError(
             f"launch.num_processes={processes}, but torch sees {gpus} GPU{'s' * (gpus > 1)}; "
             f"ask for at most {gpus}, or for CPU processes with launch.device=cpu"
@@ -79,6 +92,7 @@ def start(finetune: FinetuneConfig, launch: LaunchConfig) -> Accelerator:
         mixed_precision=mixed_precision(finetune.mixed_precision, on_cpu),
         dynamo_backend="inductor" if finetune.torch_compile else "no",
         # Buffers (rotary frequencies, indices) never change: broadcasting them before each forward is for nothing.
+        **plugins(launch.sharding, finetune.mixed_precision, finetune.max_grad_norm, on_cpu),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     check_processes(launch, accelerator.num_processes)

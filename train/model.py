@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import mha2mla  # noqa: F401  registers the classes of converted models
 from conf.schema import FinetuneConfig, LoraConfig, Trainable
 from train.checkpoint import appearing_in
+from train.sharding import whole_state
 
 ATTENTION = (".self_attn.", ".attention.")  # in the names of attention weights; the second is GPT-NeoX's
 AGAIN = "make it again with `make convert ARGS=force=true`"
@@ -77,7 +78,7 @@ def save_model(accelerator: Accelerator, model: nn.Module, source: Path, output:
     Called by every process. The weights go into fresh models rather than out of the trained one, which may be
     wrapped, compiled, sharded or adapted.
     """
-    state = accelerator.get_state_dict(model)  # the whole of a sharded model, on the main process
+    state = whole_state(accelerator, model)
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}  # torch.compile's wrapper
     if accelerator.is_main_process:
         if config.trainable is Trainable.lora:

@@ -85,3 +85,14 @@ def test_fingerprint_sees_content_and_names(tmp_path: Path) -> None:
     assert len({first, second, fingerprint(tmp_path)}) == 3
     with pytest.raises(FileNotFoundError):
         fingerprint(tmp_path / "missing")
+
+
+def test_what_changed_is_said_when_an_earlier_result_is_moved_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with stage(tmp_path, mla={"r": 1, "R": 8}, seed=0).run():
+        (tmp_path / "convert" / "result").write_text("first")
+    with stage(tmp_path, mla={"r": 2, "R": 8, "new": True}, seed=0).run():
+        pass
+    out = capsys.readouterr().out
+    assert "(mla.r: 1 -> 2, mla.new: unset -> True)" in out and "mla.R" not in out and "seed" not in out
