@@ -24,7 +24,7 @@ OPTIONS := $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) \
            $(if $(GPUS),launch.num_processes=$(GPUS) launch.device=cuda) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune convert sample evaluate export report sweep bench test test-slow lint clean
+.PHONY: help setup finetune convert sample evaluate export report sweep bench test test-slow test-serving lint clean
 
 help:  ## this list
 	@echo "usage: make TARGET [MODEL=org/name] [GPUS=n] [EXPERIMENT=name] [ARGS=\"key=value …\"]"
@@ -70,6 +70,15 @@ test: $(DONE) lint  ## style, types and the fast tests
 
 test-slow: $(DONE)  ## tests on the real default model
 	@$(TEST) -m slow
+
+# Serving engines pin other versions of torch and transformers: an environment of their own, several GB.
+test-serving: $(DONE) .venv-vllm/.installed  ## what a serving engine makes of an export (installs vLLM, several GB)
+	@VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(TEST) -m serving
+
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm==0.33.0
+	@touch $@
 
 lint: $(DONE)  ## ruff and mypy
 	@$(VENV)/bin/ruff check --quiet .

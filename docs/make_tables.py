@@ -1,11 +1,11 @@
-"""Write the README's tables from the JSON in docs/results/, between the markers that name them.
+"""Write the documents' tables from the JSON in docs/results/, between the markers that name them.
 
-    python docs/make_tables.py           rewrites README.md
-    python docs/make_tables.py --check   exit code 1 if README.md and docs/results/ disagree
+    python docs/make_tables.py           rewrites README.md, docs/families.md and docs/scaling.md
+    python docs/make_tables.py --check   exit code 1 if one of them and docs/results/ disagree
     python docs/make_tables.py --take outputs/MODEL/POINT/report
                                          first takes a run's report over as docs/results/default_run.*
 
-No figure stands in the README that is not in one of these files.
+No figure stands in these that is not in one of these files.
 """
 
 import json
@@ -335,6 +335,57 @@ def minilongbench() -> str:
     return table(["", "rows", *models], rows) + "\n\n" + note
 
 
+def families() -> str:
+    """What works for which family: yes where every test of it passed."""
+    found = load("families")
+    rows, columns = [], ["exact at full budget", "absorbed decode", "generate", "checkpoint", "quantised cache"]
+    columns += ["healing", "layer by layer", "native export", "vLLM form"]
+    for name, shown in sorted(found["families"].items()):
+        cells = []
+        for column in columns:
+            counts = shown.get(column, {})
+            cells.append("fails" if counts.get("failed") else next(iter(counts), ""))
+        rows.append([name, *cells])
+    note = f"From the outcomes of the tests that show it; {where(found['provenance'])}. `docs/results/families.json`"
+    return table(["", *columns], rows) + "\n\n" + note
+
+
+def span(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def scaling() -> str:
+    found, rows = load("scaling"), []
+    for row in found["rows"]:
+        whole, need = row["conversion"], row["healing"]
+        rows.append(
+            [
+                row["model"],
+                str(row["gpus"]),
+                f"{whole['whole_gib']:,.1f} GiB",
+                f"{whole['streamed_gib']:,.1f} GiB",
+                span(whole["seconds"]),
+                f"{row['tokens'] / 1e9:g} B",
+                f"{need['gib']:,.1f} GiB",
+                span(need["seconds"]),
+            ]
+        )
+    head = ["", "GPUs", "convert, whole", "layer by layer", "time", "healing tokens", "a GPU holds", "time"]
+    return table(head, rows) + f"\n\n{found['machine']}, {found['provenance']['commit']}. `docs/results/scaling.json`"
+
+
+def scaling_measured() -> str:
+    """What was measured beside what the formula says of it."""
+    rows = [
+        [row["what"], row["measured"], row["formula"], f"{row['ratio']:.2f}"]
+        for row in load("scaling_measured")["rows"]
+    ]
+    return table(["", "measured", "formula", "formula / measured"], rows) + "\n\n`docs/results/scaling_measured.json`"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "default_run": default_run,
     "methods": methods,
@@ -353,12 +404,19 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def filled(text: str) -> str:
+DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": TABLES,
+    "docs/families.md": {"families": families},
+    "docs/scaling.md": {"scaling": scaling, "scaling_measured": scaling_measured},
+}
+
+
+def filled(text: str, document: str = "README.md") -> str:
     """The text with every marked block made anew; ValueError for a table without a block."""
-    for name, make in TABLES.items():
+    for name, make in DOCUMENTS[document].items():
         block = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
         if not block.search(text):
-            raise ValueError(f"README.md has no block <!-- {name} --> … <!-- /{name} -->")
+            raise ValueError(f"{document} has no block <!-- {name} --> … <!-- /{name} -->")
         made = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
         text = block.sub(made.replace("\\", r"\\"), text)
     return text
@@ -374,9 +432,11 @@ def take(report: Path) -> None:
 if __name__ == "__main__":
     if "--take" in sys.argv:
         take(Path(sys.argv[sys.argv.index("--take") + 1]))
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = filled(before)
-    if "--check" in sys.argv:
-        sys.exit(after != before)
-    readme.write_text(after)
+    disagree = False
+    for document in DOCUMENTS:
+        before = (ROOT / document).read_text()
+        after = filled(before, document)
+        disagree |= after != before
+        if "--check" not in sys.argv:
+            (ROOT / document).write_text(after)
+    sys.exit(disagree and "--check" in sys.argv)

@@ -1,21 +1,29 @@
 """Memory and time that conversion and healing need, from a model's configuration alone.
 
+    python -m train.resources > docs/results/scaling.json
+    python -m train.resources --measured > docs/results/scaling_measured.json
+
 One formula for `train.inspect` and docs/scaling.md; what it is checked against stands there. Rough by design: within a
 factor of two. d hidden size, L layers, P parameters, N processes.
 """
 
+import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from conf.stage import provenance
 from mha2mla.families import geometry_of
 
 GIB = 2**30
 BF16, FP32 = 2, 4
 UTILISATION = 0.10  # share of a GPU's peak that healing reached with sdpa and packed documents (train_speed_gpu.json)
 PROGRAM = 1.0  # GiB that Python, torch and transformers take themselves
+STEP = 0.01  # seconds that a step of reconstruction takes however small the layer
 FACTORING = 60  # d³ multiplications of eigenvalues, least squares and roots of one layer, in float64
 
 
@@ -92,7 +100,7 @@ def conversion(config: Any, sizes: Sizes, tokens: int, steps: int, length: int, 
     return {
         "whole_gib": PROGRAM + whole / GIB,
         "streamed_gib": PROGRAM + streamed / GIB,
-        "seconds": (passes + trained) / machine.rate + factored / machine.float64,
+        "seconds": (passes + trained) / machine.rate + factored / machine.float64 + STEP * steps * sizes.layers,
     }
 
 
@@ -124,3 +132,83 @@ def healing(
         "gib": PROGRAM + (held + activations) / GIB,
         "seconds": tokens * (share + again) / (machine.rate * processes),
     }
+
+
+SHAPES = {  # published models' sizes: hidden, intermediate, layers, heads, key/value heads, head size, vocabulary, tied
+    "135M": (576, 1536, 30, 9, 3, 64, 49152, True),
+    "1.7B": (2048, 8192, 24, 32, 32, 64, 49152, True),
+    "7B": (4096, 11008, 32, 32, 32, 128, 32000, False),
+    "70B": (8192, 28672, 80, 64, 8, 128, 128256, False),
+}
+HEALED = {"135M": 2.25e9, "1.7B": 6e9, "7B": 6e9, "70B": 6e9}  # tokens of the paper's recipe; 70B: as 7B
+
+
+def shape(name: str) -> Any:
+    hidden, intermediate, layers, heads, groups, size, vocabulary, tied = SHAPES[name]
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=size,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        dtype="bfloat16",
+    )
+
+
+def scaling() -> list[dict[str, Any]]:
+    """Every size on 1, 8 and 64 GPUs: what docs/scaling.md shows."""
+    rows = []
+    for name in SHAPES:
+        config = shape(name)
+        sizes = sizes_of(config)
+        for gpus in (1, 8, 64):
+            need = healing(sizes, HEALED[name], 1, 2048, H100, gpus, sharded=gpus > 1, checkpointing=True)
+            whole = conversion(config, sizes, 16384, 40, 1024, H100)
+            rows.append({"model": name, "gpus": gpus, "conversion": whole, "healing": need, "tokens": HEALED[name]})
+    return rows
+
+
+def measured(results: Path) -> list[dict[str, Any]]:
+    """What docs/results/ has measured, beside what the formula says of the same."""
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, found: float, formula: float, unit: str) -> None:
+        shown = (f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}" for value in (found, formula))
+        rows.append(dict(zip(("measured", "formula"), shown, strict=True)) | {"what": what, "ratio": formula / found})
+
+    def load(name: str) -> Any:
+        return json.loads((results / f"{name}.json").read_text())
+
+    small = shape("135M")
+    small.dtype = torch.float32  # as the default model is unpacked
+    sizes, stages = sizes_of(small), load("default_run")["stages"]
+    convert = conversion(small, sizes, 16384, 40, 1024, TWO_CORES)
+    heal = healing(sizes, 65536, 2, 512, TWO_CORES, trainable="attention")
+    add("default run, convert, 2 CPU cores", stages["convert"]["seconds"], convert["seconds"], "s")
+    add("default run, finetune, 2 CPU cores", stages["finetune"]["seconds"], heal["seconds"], "s")
+    for row in load("train_speed_gpu")["rows"]:
+        if row["attn_implementation"] == "sdpa" and not row["torch_compile"]:
+            kind = "packed" if row["packed_documents"] else "plain"
+            what = f"135M, H200, {row['sequences']} x 2,048 {kind}, {row['trainable']}"
+            need = healing(sizes, 1e6, row["sequences"], 2048, H100, trainable=row["trainable"])
+            add(f"{what}: memory", row["peak_memory_gib"], need["gib"], "GiB")
+            add(f"{what}: 1 M tokens", 1e6 / row["tokens_per_second"], need["seconds"], "s")
+    if (results / "streamed.json").exists():
+        run = load("streamed")
+        large = LlamaConfig(**run["shape"], dtype="bfloat16")
+        need = conversion(large, sizes_of(large), run["calibration_tokens"], 0, run["length"], TWO_CORES)
+        what = f"{run['bytes'] / 1e9:.1f} GB layer by layer, 2 CPU cores"
+        add(f"{what}: memory", run["peak_gib"], need["streamed_gib"], "GiB")
+        add(f"{what}: time", run["seconds"], need["seconds"], "s")
+    return rows
+
+
+if __name__ == "__main__":
+    if "--measured" in sys.argv:
+        found = {"rows": measured(Path(__file__).parents[1] / "docs" / "results")}
+    else:
+        found = {"machine": H100.name, "rows": scaling(), "provenance": provenance()}
+    print(json.dumps(found, indent=1))

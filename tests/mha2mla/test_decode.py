@@ -45,6 +45,7 @@ def step_by_step(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, 
     return torch.cat(logits, dim=1)
 
 
+@pytest.mark.capability("absorbed decode")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize(("family", "heads"), VARIANTS)

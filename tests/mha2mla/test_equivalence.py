@@ -24,6 +24,7 @@ def logits(model: torch.nn.Module, ids: torch.Tensor, **inputs: object) -> torch
         return model(ids, **inputs).logits
 
 
+@pytest.mark.capability("exact at full budget")
 @pytest.mark.parametrize(("family", "heads"), VARIANTS)
 def test_full_budget_gives_the_original_logits(family: str, heads: str) -> None:
     model = tiny_model(family, KV_HEADS[heads])

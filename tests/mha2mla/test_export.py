@@ -30,6 +30,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(tokens(), use_cache=False).logits
 
 
+@pytest.mark.capability("native export")
 @pytest.mark.parametrize("heads", KV_HEADS)
 @pytest.mark.parametrize("family", sorted(NATIVE))
 def test_deepseeks_own_class_gives_the_same_logits(family: str, heads: str, tmp_path: Path) -> None:
@@ -67,6 +68,7 @@ def test_every_step_of_the_native_export_counts(part: str, monkeypatch: pytest.M
     assert relative(logits(to_deepseek(model)), logits(model)) > 1e-2
 
 
+@pytest.mark.capability("native export", "refused")
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - NATIVE))
 def test_what_deepseeks_layout_cannot_say_is_refused_by_name(family: str) -> None:
     with pytest.raises(ValueError, match=f"no native export of this {family}_mla model: it has [a-z]"):
@@ -83,6 +85,7 @@ def test_frequencies_off_the_grid_are_refused() -> None:
         to_deepseek(convert(scaled, ConversionOptions(**GRID), collect_statistics(scaled, [tokens()]))[0])
 
 
+@pytest.mark.capability("vLLM form")
 @pytest.mark.parametrize("family", sorted(SERVED))
 def test_the_serving_form_is_the_same_function(family: str, tmp_path: Path) -> None:
     model = converted(family, partial_rope="rotation-cost", rope_dim=6, q_lora_rank=20)
@@ -97,6 +100,7 @@ def test_the_serving_form_is_the_same_function(family: str, tmp_path: Path) -> N
     assert relative(logits(loaded), logits(model)) > 1e-2
 
 
+@pytest.mark.capability("vLLM form", "refused")
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - SERVED))
 def test_what_an_engine_s_cache_cannot_hold_is_refused_by_name(family: str) -> None:
     with pytest.raises(ValueError, match=f"no serving form of this {family}_mla model: it has [a-z]"):

@@ -42,6 +42,7 @@ def test_every_family_of_the_table_has_a_tiny_model() -> None:
     assert set(TABLE) == set(FAMILIES)
 
 
+@pytest.mark.capability("checkpoint")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoint_loads_bit_for_bit(family: str, tmp_path: Path) -> None:
     _, converted = half(family)
@@ -51,6 +52,7 @@ def test_checkpoint_loads_bit_for_bit(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(converted))
 
 
+@pytest.mark.capability("generate")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate_with_left_padding_equals_search_without_a_cache(family: str, cache: str) -> None:
@@ -77,6 +79,7 @@ def test_cache_holds_what_the_report_says(family: str, heads: str) -> None:
     assert report.cache_size <= report.original_cache_size / 2
 
 
+@pytest.mark.capability("quantised cache")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_bits_hardly_change_decoding_and_two_bits_do(family: str) -> None:
     _, converted = half(family, reduction=None, kv_lora_rank=12)
@@ -91,6 +94,7 @@ def test_eight_bits_hardly_change_decoding_and_two_bits_do(family: str) -> None:
     assert errors[8] < 0.05 < errors[2]
 
 
+@pytest.mark.capability("healing")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_healing_lowers_the_loss(family: str) -> None:
     _, converted = half(family)

@@ -23,6 +23,7 @@ def saved(folder: Path, family: str = "llama", **changes: object) -> PreTrainedM
     return model
 
 
+@pytest.mark.capability("layer by layer")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_equals_whole(family: str, tmp_path: Path) -> None:
     model = saved(tmp_path / "original", family)
