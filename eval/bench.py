@@ -34,7 +34,7 @@ from conf.schema import Config, Device
 from conf.stage import provenance
 from conf.timing import seconds_of
 from eval.bench_picture import draw_bench
-from eval.decoding import Decoding, NewCache, Variant, compiled, copy_bandwidth, free, largest_batch, own_cache
+from eval.decoding import Decoding, NewCache, Variant, compiled, copy_bandwidth, largest_batch, own_cache
 from eval.generate import ROPE_BITS
 from mha2mla import (
     ConversionOptions,
@@ -43,6 +43,7 @@ from mha2mla import (
     collect_statistics,
     convert,
 )
+from mha2mla.memory import hand_back
 
 GIB = 2**30
 CUDA_ONLY = ("compile", "largest_batch")
@@ -144,7 +145,7 @@ def point(
     rows = {name: row(each, original, bandwidth) if each else None for name, each in running.items()}
     running.clear()
     del original
-    free(variants[0].device)
+    hand_back(variants[0].device)
     return rows
 
 

@@ -3,9 +3,6 @@
 Nothing here depends on what the weights are, so any tokens do.
 """
 
-import ctypes
-import gc
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +14,7 @@ from conf.memory import held_bytes, peak_bytes, reset_peak
 from conf.timing import seconds_of
 from mha2mla import cache_bytes
 from mha2mla.families import attention_layers, geometry_of
+from mha2mla.memory import hand_back
 from mha2mla.modeling.attention_mla import MLAAttention
 
 NewCache = Callable[[int], Cache]  # an empty cache for so many tokens
@@ -63,7 +61,7 @@ class Decoding:
         self.seconds: list[float] = []
         self.first_token_seconds: float | None = None
         self.cache = variant.new_cache(limit)
-        free(variant.device)
+        hand_back(variant.device)
         before, counts = held_bytes(variant.device), reset_peak(variant.device)
         if prefill:
             self.first_token_seconds = self.prompt(context)
@@ -107,7 +105,7 @@ class Decoding:
         variant = self.variant
         device = variant.device
         if weigh:
-            free(device)
+            hand_back(device)
             counts, before = reset_peak(device), held_bytes(device)
         first = torch.ones(self.batch, 1, dtype=torch.long, device=device)
 
@@ -139,7 +137,7 @@ def largest_batch(variant: Variant, context: int, limit: int) -> int:
         except torch.OutOfMemoryError:
             return False
         finally:
-            free(variant.device)
+            hand_back(variant.device)
 
     low, high = 0, 1
     while fits(high):
@@ -148,15 +146,6 @@ def largest_batch(variant: Variant, context: int, limit: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def free(device: torch.device) -> None:
-    """Hand back what is not in use, so that peaks are seen over it."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def copy_bandwidth(device: torch.device) -> float:

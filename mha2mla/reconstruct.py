@@ -144,6 +144,7 @@ def fit_attention(
     for parameter in parameters:
         parameter.grad = None
     after = measured()
+    torch.clear_autocast_cache()  # or every layer's would stay until the last is done
     attention.to(dtype)
     return LayerFit(before, after)
 

@@ -24,6 +24,7 @@ from mha2mla.convert import ConversionReport, conversion_report, needs_calibrati
 from mha2mla.families import attention_layers, family_of, geometry_of
 from mha2mla.layer import LayerReport, convert_layer
 from mha2mla.layerwise import embed, pass_layer
+from mha2mla.memory import hand_back
 from mha2mla.options import ConversionOptions
 from mha2mla.reconstruct import LayerFit, fit_to, pass_targets
 from mha2mla.self_check import check_layer, first_of_every_kind, require_exact
@@ -162,6 +163,7 @@ def convert_one(job: Job, index: int, texts: list[Text], progress: Progress) -> 
             if index in first_of_every_kind(teacher):
                 progress.error = max(progress.error, require_exact(check_layer(teacher, index), config.model_type))
             weights, report = convert_layer(original, geometry, job.options, rotation, statistics)
+        hand_back(job.device)
         progress.reports.append(asdict(report))
         state = {key: tensor for key, tensor in state.items() if not key.startswith(own)}
         # Cloned: what conversion leaves as it was is still the original layer's own.
@@ -179,6 +181,8 @@ def convert_one(job: Job, index: int, texts: list[Text], progress: Progress) -> 
     write_shard(shard_file(job.output, index + 1, config.num_hidden_layers), tensors)
     layer.to("meta")
     copy.to("meta")
+    del state, tensors, targets
+    hand_back(job.device)
     return fit
 
 

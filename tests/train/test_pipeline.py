@@ -100,12 +100,16 @@ def test_other_families_go_all_the_way(family: str, streamed: str, tmp_path: Pat
 
 
 def test_a_sweep_survives_a_failing_point_and_reports_all(words: list[str]) -> None:
-    run = pipeline("--multirun", "mla.kv_lora_rank=6,999,10", *words)
+    """Three ranks, each healed by two processes, and one that cannot be."""
+    two = ["launch.num_processes=2", "finetune.micro_batch_size=2"]
+    run = pipeline("--multirun", "mla.kv_lora_rank=6,999,10,8", *words, *two)
     assert run.returncode == 1
     assert "kv_lora_rank=999" in run.stderr and "full rank is 28" in run.stderr
     [folder] = (Path(words[2].split("=")[1]) / "sweeps").iterdir()
     points = [json.loads(file.read_text()) for file in sorted(folder.glob("*/point.json"))]
-    assert [point["status"] for point in points] == ["finished", "failed", "finished"]
+    assert [point["status"] for point in points] == ["finished", "failed", "finished", "finished"]
+    trained = [json.loads((ROOT / point["run_dir"] / "finetune" / "stage.json").read_text()) for point in points[::2]]
+    assert [record["metrics"]["processes"] for record in trained] == [2, 2]
     table = (folder / "sweep.md").read_text()
     assert "mla.kv_lora_rank=999" in table or "r999" in table
     assert f"{100 * (1 - 10 / 32):.2f}" in table and f"{100 * (1 - 14 / 32):.2f}" in table
