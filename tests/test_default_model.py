@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, PreTrainedModel, StaticCache
 
 from conf.models import package_gguf, unpack_gguf
 from eval.perplexity import perplexity
 from mha2mla import ConversionOptions, Statistics, basis, cache_bytes, collect_statistics, convert, reconstruct
 from mha2mla.compare import compare
+from mha2mla.native import to_deepseek
 from tests.tiny import preset, relative
 
 pytestmark = pytest.mark.slow
@@ -67,6 +68,21 @@ def statistics(original: PreTrainedModel, folder: Path) -> Statistics:
     text = "\n\n".join(pydoc_data.topics.topics[name] for name in ("with", "for", "types", "lambda", "numeric-types"))
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
     return collect_statistics(original, ids[: len(ids) // 256 * 256].view(-1, 256)[:16].split(4))
+
+
+def test_native_export_is_the_same_model(
+    original: PreTrainedModel, windows: torch.Tensor, statistics: Statistics, tmp_path: Path
+) -> None:
+    converted, _ = convert(original, ConversionOptions(**preset("native"), reduction=0.6875), statistics)
+    to_deepseek(converted).save_pretrained(tmp_path)
+    native, found = DeepseekV3ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found.values())
+    with torch.no_grad():
+        assert relative(native(windows).logits, converted(windows).logits) < 1e-4
+        caches = [model(windows, use_cache=True).past_key_values for model in (native, converted)]
+    assert cache_bytes(caches[0]) == cache_bytes(caches[1]) == 4 * 30 * 120 * windows.numel()
+    options = {"max_new_tokens": 24, "do_sample": False}
+    assert torch.equal(native.generate(windows[:1], **options), converted.generate(windows[:1], **options))
 
 
 @pytest.mark.parametrize("method", METHODS)
