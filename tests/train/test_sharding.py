@@ -24,15 +24,9 @@ def test_two_sharded_processes_train_like_one(tmp_path):
     assert process.returncode == 0, output
     one, control = Project(tmp_path / "one", **options), Project(tmp_path / "control", **options, seed=1)
     weights, _ = one.run_here(), control.run_here()
-
-    def curve(project: Project) -> torch.Tensor:
-        history = project.history()
-        numbers = [row[key] for row in history["train"] for key in ("loss", "grad_norm", "lr", "tokens")]
-        return torch.tensor(numbers + [row["perplexity"] for row in history["validation"]], dtype=torch.float64)
-
-    torch.testing.assert_close(curve(two), curve(one), rtol=1e-4, atol=0)
+    torch.testing.assert_close(two.curve(), one.curve(), rtol=1e-4, atol=0)
     torch.testing.assert_close(two.weights(), weights, rtol=0, atol=1e-4)
-    assert (curve(control) / curve(one) - 1).abs().max() > 0.05
+    assert (control.curve() / one.curve() - 1).abs().max() > 0.05
 
 
 def test_a_sharded_checkpoint_goes_on_in_one_process_and_back_in_two(tmp_path):
