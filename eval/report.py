@@ -128,8 +128,15 @@ def send(run: Any, results: dict[str, Any], folder: Path) -> None:
     table = wandb.Table(columns=columns, data=data)
     pictures = {file.stem: wandb.Image(str(file)) for file in sorted(folder.glob("*.png"))}
     run.log(scalars(results) | {"scores": table} | pictures)
+    send_files(run, [*folder.glob("*.png"), *folder.glob("report.*"), folder / "results.json"])
+
+
+def send_files(run: Any, files: list[Path]) -> None:
+    """A report's files as a W&B artifact."""
+    import wandb
+
     artifact = wandb.Artifact(f"report-{run.id}", type="report")
-    for file in sorted([*folder.glob("*.png"), *folder.glob("report.*"), folder / "results.json"]):
+    for file in sorted(files):
         artifact.add_file(str(file))
     run.log_artifact(artifact)
 

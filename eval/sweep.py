@@ -22,7 +22,7 @@ from conf.stage import Stage, provenance, write_json
 from conf.tracking import open_run
 from eval.page import page
 from eval.picture import draw
-from eval.report import PICTURE, scalars
+from eval.report import PICTURE, scalars, send_files
 from eval.results import MODELS
 from eval.tables import Rows, markdown_table, number, percent, text_table, whole
 
@@ -31,7 +31,7 @@ def sweep_report(points: list[Path], folder: Path, failed: dict[str, str], run: 
     """Compare the reports of `points` (run folders) and write the sweep's files into `folder`.
 
     `failed` maps a point's name to its error; a point without a report joins it. `run` is a W&B run that
-    gets the same table, picture and scalars. Returns what `sweep.json` holds.
+    gets the same table, picture and scalars, and the files. Returns what `sweep.json` holds.
     """
     results = load_results(points)
     missing = [point for point in points if not report_of(point).exists()]
@@ -50,11 +50,12 @@ def sweep_report(points: list[Path], folder: Path, failed: dict[str, str], run: 
     write_json(folder / "sweep.json", sweep)
     if results:
         draw(results, folder / PICTURE, sweep_title(results))
-        if run:
-            send(run, results, folder / PICTURE, failed)
     text = sweep_markdown(results, failed)
     (folder / "sweep.md").write_text(text, encoding="utf-8")
     (folder / "sweep.html").write_text(page(text, folder), encoding="utf-8")
+    if results and run:
+        send(run, results, folder / PICTURE, failed)
+        send_files(run, [folder / PICTURE, *folder.glob("sweep.*")])
     return sweep
 
 

@@ -86,11 +86,16 @@ class Shards:
 
 
 def write_shard(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file that appears when whole."""
+    """A safetensors file that appears when whole; OSError if it cannot be written, and nothing of it is left."""
     temporary = file.with_name(file.name + ".tmp")
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"}
-    )
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, temporary, {"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"could not write {file} ({error}). If the disk is full, make room, and run the same command again"
+        ) from error
     temporary.replace(file)
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mha2mla import ConversionOptions, collect_statistics, convert, reconstruct
 from mha2mla.compare import compare
+from mha2mla.shards import write_shard
 from mha2mla.streaming import PROGRESS, STATE, convert_streamed
 from tests.tiny import FAMILIES, preset, relative, tiny_model, tokens
 
@@ -104,3 +106,14 @@ def test_broken_files_and_options_that_need_all_layers_are_named(tmp_path: Path)
         convert_streamed(tmp_path / "original", tmp_path / "out", BEST, [], [])
     plain = ConversionOptions(reduction=0.5)
     assert convert_streamed(tmp_path / "original", tmp_path / "plain", plain, [], []).comparison is None
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, file: Path, metadata: object) -> None:
+        file.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("mha2mla.shards.save_file", full)
+    with pytest.raises(OSError, match="No space left on device.*make room, and run the same command again"):
+        write_shard(tmp_path / "model.safetensors", {"a": torch.zeros(2)})
+    assert not list(tmp_path.iterdir())
