@@ -86,7 +86,7 @@ def family_of(config: Any) -> Family:
     supported = f"supported are: {', '.join(sorted(FAMILIES))}"
     if model_type in FAMILIES:
         refuse_quantized(config)
-        refuse_clipped(config)
+        refuse_odd(config, FAMILIES[model_type])
         return FAMILIES[model_type]
     converted = {row.config_class.model_type for row in FAMILIES.values()}
     if model_type in converted:
@@ -124,7 +124,10 @@ def refuse_quantized(config: Any) -> None:
     )
 
 
-def refuse_clipped(config: Any) -> None:
+def refuse_odd(config: Any, family: Family) -> None:
+    """Settings that a family has and no released model of it uses."""
+    if family.norms and getattr(config, "attention_bias", False):
+        raise ValueError("attention_bias=True: biases under norms on queries and keys do not come out of a latent")
     if getattr(config, "clip_qkv", None) is not None:
         raise ValueError(f"clip_qkv={config.clip_qkv}: clipped keys and values do not come out of a latent")
 

@@ -15,7 +15,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 EPS = 1e-6  # of DeepSeek's norm on the latent, whatever rms_norm_eps says; so all norms get it
 SHRINK = 2.0**-20  # of latents: their mean square then lies far below EPS
-GROW = 2.0**10  # the norm's weight: a power of two near sqrt(EPS) / SHRINK, which every dtype holds exactly
+GROW = 2.0**10  # the norm's weight: a power of two near sqrt(EPS) / SHRINK, which bfloat16 holds exactly
 PLAIN = {"llama_mla", "mistral_mla", "qwen2_mla", "phi3_mla", "granite_mla"}
 MORE = {
     "gemma2_mla": "norms behind its layers and caps on scores and logits",
@@ -71,6 +71,10 @@ def to_deepseek(model: Any) -> DeepseekV3ForCausalLM:
     Raises ValueError with everything that layout cannot say.
     """
     config = model.config
+    if model.dtype == torch.float16:
+        raise ValueError(
+            "no native export in float16: the latents' norm is made harmless by numbers it has not; use bfloat16"
+        )
     if found := obstacles(config):
         raise ValueError(f"no native export of this {config.model_type} model: it has " + "; ".join(found))
     size = config.rotary_dim or config.head_dim

@@ -26,8 +26,6 @@ def cut(
     """Rows [G, D, d + 1] of keys that lost their rotation, without their scales, and the state of all that is kept."""
     norms = whole.norms
     assert norms is not None
-    if whole.biased:
-        raise ValueError("biases on normed queries and keys are not supported: no released model has both")
     size = usual_size(whole.key, moment, norms.joint)  # [1] or [G]
     key = whole.key * norms.key[..., None] / size[:, None, None]
     turning = 2 * geometry.num_pairs

@@ -168,28 +168,58 @@ class States:
         return self.whole.mix(torch.cat((first, latest), 2)) + self.coded.mix(coded)
 
 
-class QuantizedLatentLayer(DynamicLayer):
-    """One layer: `sinks` in full, then codes, then the latest tokens in full."""
+class Joined:
+    """Two slots' states side by side, [B, 1, S, n + m]: a rotated key in codes, and the scales of normed keys."""
 
-    def __init__(self, latent: Store, rope: Store, residual_length: int, sink_length: int) -> None:
+    def __init__(self, first: States, second: States) -> None:
+        self.parts = first, second
+        self.shape = (*first.shape[:3], first.shape[3] + second.shape[3])
+
+    def dense(self) -> torch.Tensor:
+        return torch.cat([part.dense() for part in self.parts], -1)
+
+    def dot(self, rows: torch.Tensor) -> torch.Tensor:
+        first, second = self.parts
+        size = first.shape[3]
+        return first.dot(rows[..., :size]) + second.dot(rows[..., size:])
+
+
+class QuantizedLatentLayer(DynamicLayer):
+    """One layer: `sinks` in full, then codes, then the latest tokens in full.
+
+    Behind the rotated key's `rope_dim` numbers stand the scales of normed keys, if there are any: few, and all of a key
+    hangs on them, so they stay whole.
+    """
+
+    def __init__(self, latent: Store, rope: Store, rope_dim: int, residual_length: int, sink_length: int) -> None:
         super().__init__()
-        self.stores = (latent, rope)
+        self.stores: tuple[Store, ...] = (latent, rope)
+        self.rope_dim = rope_dim
         self.residual_length, self.sink_length = residual_length, sink_length
-        self.sinks: list[torch.Tensor] = []  # latent and rotated key
+        self.sinks: list[torch.Tensor] = []  # latent, rotated key and, of normed keys, scales
         self.recent: list[torch.Tensor] = []
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.sinks = [states[:, :, :0] for states in (key_states, value_states)]
+        parts = self.parts(key_states, value_states)
+        if len(parts) > len(self.stores):
+            self.stores = (*self.stores, Store(None, None, None))
+        self.sinks = [states[:, :, :0] for states in parts]
         self.recent = list(self.sinks)
         self.is_initialized = True
+
+    def parts(self, latent: torch.Tensor, rope: torch.Tensor) -> list[torch.Tensor]:
+        """What is kept apart: latent, rotated key and, where they ride behind it, scales."""
+        scales = rope[..., self.rope_dim :]
+        return [latent, rope[..., : self.rope_dim], *([scales] if scales.shape[-1] else [])]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Append latent and rotated key; returns both as `States`, which MLAAttention knows."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         room = self.sink_length - self.sinks[0].shape[2] if self.stores[0].length == 0 else 0
-        latest = [torch.cat(pair, 2) for pair in zip(self.recent, (key_states, value_states), strict=True)]
+        added = self.parts(key_states, value_states)
+        latest = [torch.cat(pair, 2) for pair in zip(self.recent, added, strict=True)]
         if room > 0:
             self.sinks = [
                 torch.cat((sink, states[:, :, :room]), 2) for sink, states in zip(self.sinks, latest, strict=True)
@@ -203,8 +233,12 @@ class QuantizedLatentLayer(DynamicLayer):
         self.recent = latest
         return self.states(0), self.states(1)
 
-    def states(self, slot: int) -> States:
-        return States(self.sinks[slot], self.stores[slot], self.recent[slot])
+    def states(self, slot: int) -> States | Joined:
+        """All that is cached of a slot: 0 the latent, 1 the rotated key and what rides behind it."""
+        latent, rope, *scales = (States(*parts) for parts in zip(self.sinks, self.stores, self.recent, strict=True))
+        if slot == 0:
+            return latent
+        return Joined(rope, scales[0]) if scales else rope
 
     def get_seq_length(self) -> int:
         if not self.is_initialized:
@@ -275,7 +309,9 @@ class QuantizedLatentCache(Cache):
         ranges: list[LayerRanges] | None = None,
     ) -> None:
         layers: list[Any] = []
-        rope_dim = config.rope_dim + config.key_scales
+        if config.served:
+            raise ValueError("a model's serving form expands latents itself; use the checkpoint it was exported from")
+        rope_dim = config.rope_dim
         ranks = config.layer_kv_lora_rank or [config.kv_lora_rank] * config.num_hidden_layers
         latent_numbers = config.latent_layers or range(len(ranks))
         for index, rank in enumerate(ranks):
@@ -292,7 +328,7 @@ class QuantizedLatentCache(Cache):
                     raise ValueError(f"rope_bits={rope_bits}, but the ranges were calibrated without rope_bits")
             latent = Store(bits, group, own.latent if own else None)
             rope = Store(rope_bits, rope_group, own.rope if own and rope_bits is not None else None)
-            layers.append(QuantizedLatentLayer(latent, rope, residual_length, sink_length))
+            layers.append(QuantizedLatentLayer(latent, rope, rope_dim, residual_length, sink_length))
         super().__init__(layers=layers)
 
 
@@ -318,7 +354,8 @@ def calibrate_ranges(
         model.base_model(input_ids=batch.to(model.device), past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers
         for slots, layer in zip(found, layers, strict=True):
-            for slot, states in zip(slots, (layer.keys, layer.values), strict=True):
+            rope = layer.values[..., : model.config.rope_dim]  # without the scales of normed keys, which stay whole
+            for slot, states in zip(slots, (layer.keys, rope), strict=True):
                 slot.append(states[:, 0, 4:].flatten(0, 1).float())
         seen += batch.numel()
     if not seen:

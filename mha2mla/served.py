@@ -38,6 +38,10 @@ def to_served(model: Any) -> Any:
 
     Raises ValueError with everything that form cannot say.
     """
+    if model.dtype == torch.float16:
+        raise ValueError(
+            "no serving form in float16: the latents' norm is made harmless by numbers it has not; use bfloat16"
+        )
     if found := obstacles(model.config):
         raise ValueError(f"no serving form of this {model.config.model_type} model: it has " + "; ".join(found))
     config = copy.deepcopy(model.config)

@@ -28,6 +28,11 @@ class Shards:
         self.folder = Path(folder)
         if (index := self.folder / INDEX).exists():
             self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif not (self.folder / "model.safetensors").exists():
+            raise ValueError(
+                f"{self.folder} holds no safetensors: load that checkpoint and save it again with save_pretrained, or "
+                "convert it in memory (launch.streamed=off)"
+            )
         else:
             with self.open("model.safetensors") as file:
                 self.files = dict.fromkeys(file.keys(), "model.safetensors")
@@ -56,8 +61,8 @@ class Shards:
         """Names under a prefix, by what follows it."""
         return {name.removeprefix(prefix): name for name in self.files if name.startswith(prefix)}
 
-    def fill(self, module: nn.Module, prefix: str, device: Any = "cpu") -> None:
-        """Give a module on "meta" its own tensors. ValueError if one is missing."""
+    def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: Any = "cpu") -> None:
+        """Give a module on "meta" its own tensors, numbers in one dtype. ValueError if one is missing."""
         names, state = self.below(prefix), {}
         wanted = module.state_dict()
         for name, empty in wanted.items():
@@ -68,8 +73,8 @@ class Shards:
             elif "block_sparse_moe" in "".join(names) and name.startswith("mlp.gate"):
                 tensor = self.read(names[name.replace("mlp.", "block_sparse_moe.")])
             else:
-                raise ValueError(f"{self.folder} has no tensor {prefix}{name}")
-            state[name] = tensor.to(device)
+                raise ValueError(f"{self.folder} has no tensor {prefix}{name}, only such as {next(iter(self.files))}")
+            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         module.load_state_dict(state, assign=True)
 
     def fused_experts(self, name: str, empty: torch.Tensor, names: dict[str, str]) -> torch.Tensor:
@@ -99,10 +104,10 @@ def write_shard(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     temporary.replace(file)
 
 
-def write_index(folder: Path) -> None:
-    """The index over all files that are named model-*.safetensors."""
+def write_index(folder: Path, files: list[Path]) -> None:
+    """The index over these files of a checkpoint."""
     weights, size = {}, 0
-    for path in sorted(folder.glob("model-*.safetensors")):
+    for path in files:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  no dictionary
                 weights[name] = path.name

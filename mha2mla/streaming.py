@@ -6,6 +6,7 @@ of the new checkpoint; beside it lie the states that the next begins with. So a 
 it was at, and its result is the same to the last bit.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -72,24 +73,28 @@ def convert_streamed(
     learning_rate: float = 1e-3,
     device: str = "cpu",
     on_layer: Callable[[int, LayerFit], None] | None = None,
+    forget: bool = True,
 ) -> Streamed:
     """Convert a checkpoint folder of safetensors into `output`, with statistics and reconstruction.
 
     calibration, heldout: input_ids [B, S] without padding; the perplexities of both models are measured on the latter.
-    steps, learning_rate: of reconstruction (mha2mla/reconstruct.py). `on_layer` is told of every layer, also of those
-    that an earlier run finished. What `convert` and `reconstruct` give on the whole model, to rounding.
+    steps, learning_rate: of reconstruction (mha2mla/reconstruct.py).
+    on_layer: is told of every layer, also of those that an earlier run finished.
+    forget: remove what a restart needs when all is done; else `forget_progress` does.
+    The result is what `convert` and `reconstruct` give on the whole model, to rounding.
     Raises ValueError for missing or broken files, and for rank_allocation other than uniform.
     """
     job = start(Path(source), output, options, steps, learning_rate, device)
     if needs_calibration(job.options) and not calibration:
         raise ValueError(f"{', '.join(needs_calibration(job.options))}: looks at calibration text; give some")
-    key = json.dumps([asdict(job.options), steps, learning_rate, [len(calibration), len(heldout)]])
-    progress = read_progress(output, key)
+    progress = read_progress(output, key_of(job, [calibration, heldout]))
     layers = job.config.num_hidden_layers
     if progress.layers:
         texts = read_states(output, progress.layers)
     else:
-        write_rest(output, job.shards, f"{job.prefix}layers.", layers)
+        for leftover in output.glob("model*.safetensors*"):
+            leftover.unlink()
+        write_rest(job)
         texts = first_states(job, [calibration, heldout])
     for index in range(layers):
         if index >= progress.layers:
@@ -101,6 +106,8 @@ def convert_streamed(
             on_layer(index, LayerFit(**progress.fits[index]))
     comparison = compare_states(job, texts[1], heldout) if heldout else None
     finish(job)
+    if forget:
+        forget_progress(output)
     ranks = [job.options.kv_lora_rank or 0] * layers
     reports = [LayerReport(**each) for each in progress.reports]
     report = conversion_report(job.config, job.options, ranks, progress.error, reports)
@@ -122,6 +129,7 @@ class Job:
     steps: int
     learning_rate: float
     device: str
+    dtype: torch.dtype
 
     @property
     def prefix(self) -> str:
@@ -145,7 +153,22 @@ def start(source: Path, output: Path, options: ConversionOptions, steps: int, le
         student = family.causal_lm_class(own_config).eval()
     student.base_model.rotary_emb = teacher.base_model.rotary_emb.to(device)
     (output / STATE).mkdir(parents=True, exist_ok=True)
-    return Job(source, output, config, own_config, options, shards, teacher, student, steps, learning_rate, device)
+    dtype = shards.read(f"{name_of(teacher.get_input_embeddings(), teacher)}.weight").dtype
+    return Job(
+        source, output, config, own_config, options, shards, teacher, student, steps, learning_rate, device, dtype
+    )
+
+
+def key_of(job: Job, texts: list[list[torch.Tensor]]) -> str:
+    """What makes a conversion this one: the checkpoint, what is asked for, and the text."""
+    sha = hashlib.sha256(repr([asdict(job.options), job.steps, job.learning_rate, str(job.dtype)]).encode())
+    sha.update(f"{job.source.resolve()}{job.config.to_json_string()}".encode())
+    for name in sorted(set(job.shards.files.values())):
+        stat = (job.source / name).stat()
+        sha.update(f"{name}{stat.st_size}{stat.st_mtime_ns}".encode())
+    for batch in (batch for batches in texts for batch in [torch.tensor([len(batches)]), *batches]):
+        sha.update(batch.cpu().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def convert_one(job: Job, index: int, texts: list[Text], progress: Progress) -> LayerFit:
@@ -153,7 +176,7 @@ def convert_one(job: Job, index: int, texts: list[Text], progress: Progress) -> 
     config, teacher, student = job.config, job.teacher, job.student
     name, geometry = f"{job.prefix}layers.{index}.", geometry_of(config)
     layer, copy = teacher.base_model.layers[index], student.base_model.layers[index]
-    job.shards.fill(layer, name, job.device)
+    job.shards.fill(layer, name, job.dtype, job.device)
     inputs, targets = pass_targets(teacher.base_model, index, texts[0].theirs)
     state, latent = layer.state_dict(), index in chosen_layers(config, job.options)
     if latent:
@@ -202,7 +225,7 @@ def statistics_of(attention: Any, inputs: list[torch.Tensor], geometry: Any) -> 
 def first_states(job: Job, batches: list[list[torch.Tensor]]) -> list[Text]:
     """States of every sequence before the first layer; the embedding is in memory only meanwhile."""
     embedding = job.teacher.get_input_embeddings()
-    job.shards.fill(embedding, f"{name_of(embedding, job.teacher)}.", job.device)
+    job.shards.fill(embedding, f"{name_of(embedding, job.teacher)}.", job.dtype, job.device)
     texts = []
     for some in batches:
         states = [embed(job.teacher.base_model, row.to(job.device)) for batch in some for row in batch.split(1)]
@@ -232,10 +255,10 @@ def compare_states(job: Job, text: Text, batches: list[torch.Tensor]) -> Compari
     teacher, decoder = job.teacher, job.teacher.base_model
     head = teacher.get_output_embeddings()
     stored = teacher.get_input_embeddings() if job.config.tie_word_embeddings else head
-    job.shards.fill(head, f"{name_of(stored, teacher)}.", job.device)
+    job.shards.fill(head, f"{name_of(stored, teacher)}.", job.dtype, job.device)
     for name, module in decoder.named_children():
         if "norm" in name:
-            job.shards.fill(module, f"{job.prefix}{name}.", job.device)
+            job.shards.fill(module, f"{job.prefix}{name}.", job.dtype, job.device)
     tally, layers = Tally(), decoder.layers
     rows = [row for batch in batches for row in batch.split(1)]
     for row, theirs, ours in zip(rows, text.theirs, text.ours, strict=True):
@@ -252,11 +275,12 @@ def shard_file(output: Path, number: int, layers: int) -> Path:
     return output / f"model-{number + 1:05d}-of-{layers + 1:05d}.safetensors"
 
 
-def write_rest(output: Path, shards: Shards, layers: str, number: int) -> None:
+def write_rest(job: Job) -> None:
     """The first file: everything that is in no layer."""
-    write_shard(
-        shard_file(output, 0, number), {name: shards.read(name) for name in shards.files if not name.startswith(layers)}
-    )
+    layers, shards = f"{job.prefix}layers.", job.shards
+    rest = {name: shards.read(name) for name in shards.files if not name.startswith(layers)}
+    rest = {name: tensor.to(job.dtype) if tensor.is_floating_point() else tensor for name, tensor in rest.items()}
+    write_shard(shard_file(job.output, 0, job.config.num_hidden_layers), rest)
 
 
 def read_progress(output: Path, key: str) -> Progress:
@@ -264,7 +288,7 @@ def read_progress(output: Path, key: str) -> Progress:
     file = output / STATE / PROGRESS
     if file.exists():
         progress = Progress(**json.loads(file.read_text()))
-        if progress.key == key:
+        if progress.key == key and states_file(output, progress.layers).exists():
             return progress
     return Progress(key)
 
@@ -300,12 +324,16 @@ def read_states(output: Path, layers: int) -> list[Text]:
 
 def finish(job: Job) -> None:
     """What makes the files a checkpoint, its configuration last."""
-    write_index(job.output)
-    first = next(name for name in job.shards.files if "norm" in name)
-    job.own_config.architectures = [type(job.student).__name__]
-    job.own_config.dtype = job.shards.read(first).dtype
+    layers = job.config.num_hidden_layers
+    write_index(job.output, [shard_file(job.output, number, layers) for number in range(layers + 1)])
+    job.own_config.architectures, job.own_config.dtype = [type(job.student).__name__], job.dtype
     custom_object_save(job.student, job.output, config=job.own_config)
     if (job.source / "generation_config.json").exists():
         GenerationConfig.from_pretrained(job.source).save_pretrained(job.output)
     job.own_config.save_pretrained(job.output)
-    shutil.rmtree(job.output / STATE)
+
+
+def forget_progress(output: Path) -> None:
+    """Remove what only a restart needs; the note of it first, so that a kill in between leaves none to believe."""
+    (output / STATE / PROGRESS).unlink(missing_ok=True)
+    shutil.rmtree(output / STATE, ignore_errors=True)

@@ -44,8 +44,9 @@ def write_checkpoint(folder: Path, tokenizer: str, layers: int, hidden: int, see
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     vocabulary.save_pretrained(folder)
-    write_index(folder)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
+    write_index(folder, files)
+    return sum(file.stat().st_size for file in files)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from conf.stage import TEMPORARY, appearing, write_json
 
@@ -24,6 +25,8 @@ PROGRESS_FILE = "progress.json"
 
 class States(Protocol):
     """Saves and loads all that is a tensor; called by every process."""
+
+    sharding: str
 
     def save(self, folder: Path) -> None: ...
 
@@ -35,6 +38,7 @@ class Progress:
     """Where training stands, and its history: all that is not a tensor. Saved with every checkpoint."""
 
     step: int = 0
+    sharding: str = "none"  # how the tensors beside it are kept
     tokens: int = 0  # input tokens seen, over all processes
     seconds: float = 0.0  # spent in training steps, over all restarts
     train: list[dict[str, float]] = field(default_factory=list)  # one row per `log_every` steps
@@ -104,6 +108,7 @@ def save_checkpoint(accelerator: Accelerator, states: States, progress: Progress
         accelerator.wait_for_everyone()
         states.save(temporary)
         accelerator.wait_for_everyone()
+        progress.sharding = states.sharding
         if accelerator.is_main_process:
             write_json(temporary / PROGRESS_FILE, asdict(progress))
     if accelerator.is_main_process:
@@ -125,10 +130,16 @@ def load_checkpoint(states: States, folder: Path) -> Progress:
     if not found:
         return Progress()
     try:
+        progress = Progress(**json.loads((found[-1] / PROGRESS_FILE).read_text()))
+        if progress.sharding != states.sharding:
+            raise ValueError(
+                f"it was written with launch.sharding={progress.sharding}, this is launch.sharding={states.sharding}"
+            )
         states.load(found[-1])
-        return Progress(**json.loads((found[-1] / PROGRESS_FILE).read_text()))
-    except Exception as error:
-        raise ValueError(f"cannot resume from {found[-1]} ({error}); remove that folder and start again") from error
+        return progress
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
+        reason = " ".join(str(error).split())[:240]
+        raise ValueError(f"cannot resume from {found[-1]} ({reason}); remove that folder and start again") from error
 
 
 def without_wrappers(accelerator: Accelerator) -> None:

@@ -39,7 +39,7 @@ from mha2mla import (
 )
 from mha2mla.compare import Comparison, compare
 from mha2mla.reconstruct import LayerFit
-from mha2mla.streaming import convert_streamed
+from mha2mla.streaming import PROGRESS, STATE, convert_streamed, forget_progress
 from train.checkpoint import appearing_in
 from train.launch import NO_CUDA
 from train.model import load_model
@@ -124,6 +124,7 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
             mla.reconstruction_learning_rate,
             device,
             on_layer,
+            forget=False,
         )
     assert found.comparison is not None
     report = found.report
@@ -144,12 +145,15 @@ def checkpoint_folder(config: Config) -> Path:
     return Path(snapshot_download(source, revision=config.model.revision, allow_patterns=wanted))
 
 
-def is_streamed(config: Config, pretrained: Any) -> bool:
-    """Whether to convert layer by layer: as told, else where both models would take most of the free memory."""
+def is_streamed(config: Config, pretrained: Any, folder: Path) -> bool:
+    """Whether to convert layer by layer: as told, else if that was begun, or where both models would take most of the
+    free memory."""
     if config.launch.streamed is not Streamed.auto:
         return config.launch.streamed is Streamed.on
-    sizes = sizes_of(pretrained)
-    both = 2 * sizes.total * sizes.stored
+    if (folder / STATE / PROGRESS).exists():
+        return True
+    sizes, dtype = sizes_of(pretrained), torch_dtype(config.model.dtype, device_of(config) == "cpu", stored="auto")
+    both = 2 * sizes.total * (sizes.stored if dtype == "auto" else dtype.itemsize)
     free = torch.cuda.mem_get_info()[0] if device_of(config) == "cuda" else psutil.virtual_memory().available
     return both > MOST * free
 
@@ -204,12 +208,13 @@ def run(config: Config) -> None:
     if stage.skip(config.force):
         return
     pretrained = pretrained_config(config)
-    streamed = is_streamed(config, pretrained)
+    streamed = is_streamed(config, pretrained, stage.folder)
     with stage.run(resumable=streamed, force=config.force):
         if streamed:
             stage.metrics |= stream_model(config, stage.folder, pretrained.num_hidden_layers)
         else:
             stage.metrics |= convert_model(config, stage.folder)
+    forget_progress(stage.folder)  # only now: the stage is sealed
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -104,7 +104,7 @@ def finetune(
 
     model, optimizer = prepare(accelerator, model, make_optimizer, sharding)
     without_wrappers(accelerator)
-    states = ShardedStates(model, optimizer) if sharding is Sharding.fsdp2 else WholeStates(accelerator)
+    states = ShardedStates(model, optimizer) if sharding is Sharding.fsdp2 else WholeStates(accelerator, sharding)
     progress = load_checkpoint(states, output / "checkpoints")
 
     display = Display(steps, progress.step, shown=accelerator.is_main_process)

@@ -32,6 +32,8 @@ BYTES = 2  # of a cached number
 
 def inspect(path: str, reductions: list[float]) -> dict[str, Any]:
     """Everything that is printed, as plain data; ValueError for a model that cannot be converted."""
+    if not all(0 < reduction < 1 for reduction in reductions):
+        raise ValueError(f"--reductions {reductions}: cuts of the cache lie between 0 and 1")
     config = load_config(path)
     family, geometry = family_of(config), geometry_of(config)
     kinds = {geometry.num_heads: "multi-head (MHA)", 1: "multi-query (MQA)"}
@@ -45,6 +47,7 @@ def inspect(path: str, reductions: list[float]) -> dict[str, Any]:
         "attention": kinds.get(geometry.num_kv_heads, "grouped-query (GQA)"),
         "heads": [geometry.num_heads, geometry.num_kv_heads, geometry.head_dim],
         "norms": family.norms,
+        "key_scales": geometry.key_scales,
         "rotary_dim": geometry.rotary_dim or geometry.head_dim,
         "rope": rope_of(config),
         "window": getattr(config, "sliding_window", None),
@@ -166,7 +169,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             table.add_row(cut, "none", "", "", "", "")
             continue
         yes = ["no" if row[form] else "yes" for form in ("native", "vllm")]
-        sizes = f"{row['rope_dim']} + {row['kv_lora_rank']}"
+        sizes = f"{row['rope_dim']} + {row['kv_lora_rank']}" + (f" + {found['key_scales']}" if found["norms"] else "")
         table.add_row(cut, sizes, f"{row['cache_bytes_per_token']:,}", *yes, ", ".join(row["kernels"]))
     console.print()
     console.print(table)

@@ -70,7 +70,7 @@ def processes_and_gpus(launch: LaunchConfig) -> tuple[int, int]:
     if gpus and processes > gpus * launch.num_machines:
         raise ValueError(
             f"launch.num_processes={processes}, but torch sees {gpus} GPU{'s' * (gpus > 1)}; "
-            f"ask for at most {gpus}, or for CPU processes with launch.device=cpu"
+            f"ask for at most {gpus * launch.num_machines}, or for CPU processes with launch.device=cpu"
         )
     return processes, gpus
 
@@ -92,7 +92,7 @@ def start(finetune: FinetuneConfig, launch: LaunchConfig) -> Accelerator:
         mixed_precision=mixed_precision(finetune.mixed_precision, on_cpu),
         dynamo_backend="inductor" if finetune.torch_compile else "no",
         # Buffers (rotary frequencies, indices) never change: broadcasting them before each forward is for nothing.
-        **plugins(launch.sharding, finetune.mixed_precision, finetune.max_grad_norm, on_cpu),
+        **plugins(launch.sharding, finetune, on_cpu),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     check_processes(launch, accelerator.num_processes)

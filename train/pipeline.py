@@ -11,6 +11,7 @@ down (`point.json`) and the others go on; conf/sweep.py makes the table and the 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,14 @@ MODULES = {
 
 
 def run_point(config: Config, overrides: list[str]) -> None:
-    """All stages of one configuration; `overrides` are the words that made it. StageError if one fails."""
+    """All stages of one configuration; `overrides` are the words that made it. StageError if one fails.
+
+    Of several machines the first does everything; the others only take part in the training (`help_train`).
+    """
     plan = Plan(config)
+    if config.launch.machine_rank:
+        help_train(config, plan, overrides)
+        return
     started: set[str] = set()
     for stage in plan.stages:
         module = MODULES[stage.name]
@@ -49,6 +56,22 @@ def run_point(config: Config, overrides: list[str]) -> None:
     print(f"\nresult:  {plan.finetune.folder}\nreport:  {report}", flush=True)
 
 
+def help_train(config: Config, plan: Plan, overrides: list[str]) -> None:
+    """What the machines beside the first do, in the folder that all of them share: wait for what the first one makes,
+    and join its training."""
+    for stage in (plan.convert, plan.sample):
+        wait_for(stage)
+    if not plan.finetune.skip(config.force):
+        run_stage(plan.finetune, config, MODULES["finetune"], overrides)
+
+
+def wait_for(stage: Stage, seconds: float = 5.0) -> None:
+    if stage.record() is None:
+        print(f"waiting for machine 0 to finish '{stage.name}' in {stage.folder}, which all machines share", flush=True)
+    while stage.record() is None:
+        time.sleep(seconds)
+
+
 def run_stage(stage: Stage, config: Config, module: str, overrides: list[str]) -> None:
     command, environment = [sys.executable, "-m", module, *overrides], {}
     if stage.name == "finetune":
@@ -59,6 +82,8 @@ def run_stage(stage: Stage, config: Config, module: str, overrides: list[str]) -
     finished = subprocess.run(command, env=os.environ | environment, check=False)
     if finished.returncode:
         raise StageError(f"stage '{stage.name}' failed with exit code {finished.returncode}")
+    if config.launch.machine_rank:
+        wait_for(stage)
     if stage.record() is None:
         raise StageError(f"stage '{stage.name}' ended without a finished record in {stage.folder}")
 

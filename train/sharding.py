@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,14 +27,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from conf.schema import Precision, Sharding
+from conf.schema import FinetuneConfig, Precision, Sharding
 
 Optimizer = torch.optim.Optimizer
 
 
-def plugins(sharding: Sharding, precision: Precision, max_grad_norm: float, on_cpu: bool) -> dict[str, Any]:
+def plugins(sharding: Sharding, finetune: FinetuneConfig, on_cpu: bool) -> dict[str, Any]:
     """What Accelerator(...) is given for a kind of sharding; ValueError for what cannot work."""
-    if sharding is not Sharding.none and precision is Precision.fp16:
+    if sharding is not Sharding.none and finetune.mixed_precision is Precision.fp16:
         raise ValueError(f"launch.sharding={sharding.value} does not train in fp16; use finetune.mixed_precision=bf16")
     if sharding is Sharding.fsdp2:
         return {} if on_cpu else {"fsdp_plugin": fsdp_plugin()}
@@ -42,7 +43,7 @@ def plugins(sharding: Sharding, precision: Precision, max_grad_norm: float, on_c
             raise ValueError("launch.sharding=zero3 needs GPUs (DeepSpeed); on CPUs use launch.sharding=fsdp2")
         if find_spec("deepspeed") is None:
             raise ValueError("launch.sharding=zero3 needs the package deepspeed; install it, or use launch=fsdp2")
-        return {"deepspeed_plugin": deepspeed_plugin(max_grad_norm)}
+        return {"deepspeed_plugin": deepspeed_plugin(finetune)}
     return {}
 
 
@@ -57,11 +58,17 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin:
     )
 
 
-def deepspeed_plugin(max_grad_norm: float) -> DeepSpeedPlugin:
+def deepspeed_plugin(finetune: FinetuneConfig) -> DeepSpeedPlugin:
     """ZeRO-3. The loop says itself which micro-batch is a step's last, so DeepSpeed accumulates over one."""
-    return DeepSpeedPlugin(
-        zero_stage=3, gradient_accumulation_steps=1, gradient_clipping=max_grad_norm, zero3_save_16bit_model=True
+    plugin = DeepSpeedPlugin(
+        zero_stage=3,
+        gradient_accumulation_steps=1,
+        gradient_clipping=finetune.max_grad_norm,
+        zero3_save_16bit_model=True,
     )
+    # Accelerate would read it off a DataLoader, which there is none of.
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = finetune.micro_batch_size
+    return plugin
 
 
 def units(model: nn.Module) -> list[nn.Module]:
@@ -121,6 +128,8 @@ def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
 class ShardedStates:
     """Model and optimiser in a folder, every process its part; any number of processes can load it."""
 
+    sharding = Sharding.fsdp2.value
+
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self.model, self.optimizer = model, getattr(optimizer, "optimizer", optimizer)
 
@@ -129,7 +138,10 @@ class ShardedStates:
         return {"model": model, "optimizer": optimizer}
 
     def save(self, folder: Path) -> None:
-        distributed_checkpoint.save(self._states(), checkpoint_id=folder / "states")
+        try:
+            distributed_checkpoint.save(self._states(), checkpoint_id=folder / "states")
+        except CheckpointException as error:  # no Exception, so that nobody above would clean up
+            raise OSError(str(error)) from error
 
     def load(self, folder: Path) -> None:
         states = self._states()
@@ -140,10 +152,10 @@ class ShardedStates:
 
 
 class WholeStates:
-    """The same as Accelerate keeps it: every process holds all."""
+    """The same as Accelerate keeps it: every process holds all, or DeepSpeed its own."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, sharding: Sharding) -> None:
+        self.accelerator, self.sharding = accelerator, sharding.value
 
     def save(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))

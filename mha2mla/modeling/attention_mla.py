@@ -102,7 +102,6 @@ class MLAAttention(nn.Module):
             implementation = self.config._attn_implementation
             if self.softcap is not None:
                 kwargs["softcap"] = self.softcap
-                implementation = "eager" if implementation == "sdpa" else implementation  # which cannot do it
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             if self.sliding_window is not None:
                 kwargs["sliding_window"] = self.sliding_window
@@ -232,7 +231,8 @@ class MLAAttention(nn.Module):
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of x [B, S, heads, 2 * pairs] whose halves are the pairs' components; cos, sin [.., pairs]."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)  # OLMo 2 rotates in float32
 
 
 def is_whole(states: Any) -> bool:

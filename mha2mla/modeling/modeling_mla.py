@@ -26,8 +26,9 @@ class MLAModelMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        recorded = getattr(cls, "_can_record_outputs", None) or {}
-        cls._can_record_outputs = {**recorded, "attentions": MLAAttention}
+        recorded = dict(getattr(cls, "_can_record_outputs", None) or {})
+        # The family's own too: layers that stay as they are have it.
+        cls._can_record_outputs = recorded | {"attentions": [MLAAttention, recorded["attentions"]]}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]  # a mixin: the family's class comes next

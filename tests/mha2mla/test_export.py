@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
-from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert, native, served
+from mha2mla import ConversionOptions, QuantizedLatentCache, cache_bytes, collect_statistics, convert, native, served
 from mha2mla.native import to_deepseek
 from mha2mla.served import to_served
 from tests.tiny import FAMILIES, KV_HEADS, preset, relative, tiny_model, tokens
@@ -49,8 +49,19 @@ def test_deepseeks_own_class_gives_the_same_logits(family: str, heads: str, tmp_
 def test_native_export_of_factored_queries_and_of_half_precision() -> None:
     model = converted(q_lora_rank=20)
     assert relative(logits(to_deepseek(model)), logits(model)) < TOLERANCE
-    half = to_deepseek(converted().bfloat16())
-    assert half.dtype == torch.bfloat16 and relative(logits(half).float(), logits(converted())) < 0.1
+    for export in (to_deepseek, to_served):
+        half = export(converted().bfloat16())
+        assert half.dtype == torch.bfloat16 and relative(logits(half).float(), logits(converted())) < 0.1
+
+
+def test_float16_and_coded_caches_of_serving_forms_are_refused() -> None:
+    model = converted()
+    with pytest.raises(ValueError, match="a model's serving form expands latents itself"):
+        QuantizedLatentCache(to_served(model).config)
+    model.half()
+    for export in (to_deepseek, to_served):
+        with pytest.raises(ValueError, match="in float16: .* use bfloat16"):
+            export(model)
 
 
 @pytest.mark.parametrize("part", ["SHRINK", "interleaved", "attention_state"])

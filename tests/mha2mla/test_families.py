@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mha2mla import ConversionOptions, QuantizedLatentCache, cache_bytes, collect_statistics, convert, reconstruct
+from mha2mla import (
+    ConversionOptions,
+    QuantizedLatentCache,
+    cache_bytes,
+    calibrate_ranges,
+    collect_statistics,
+    convert,
+    reconstruct,
+)
 from mha2mla.families import FAMILIES as TABLE
 from mha2mla.families import attention_layers, geometry_of, latent_layers
 from mha2mla.modeling.attention_normed_mla import HeadNorm, NormedMLAAttention
@@ -221,3 +229,50 @@ def test_window_layers_stay_as_they_are_by_choice(family: str, tmp_path: Path) -
         convert(tiny_model("mistral", sliding_window=6), ConversionOptions(layers="full-attention"))
     with pytest.raises(ValueError, match="layers='some' is unknown"):
         convert(model, ConversionOptions(layers="some"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_runs_every_way(family: str) -> None:
+    """Prompts, decoding and coded caches; OLMo 2 rotates in float32, which must not leak into the cache."""
+    model, converted = half(family)
+    expected, converted = logits(converted), converted.bfloat16()
+    assert relative(logits(converted).float(), expected) < 0.1
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    for extra in (
+        {},
+        {"cache_implementation": "static"},
+        {"past_key_values": QuantizedLatentCache(converted.config, 8)},
+    ):
+        assert converted.generate(ids, **options, **extra).shape == (2, 16)
+    with torch.no_grad():
+        cache = converted(ids, use_cache=True).past_key_values
+    assert {states.dtype for layer in cache.layers for states in (layer.keys, layer.values)} == {torch.bfloat16}
+    assert reconstruct(model.bfloat16(), converted, [ids], steps=1)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "qwen3"])
+def test_scales_of_normed_keys_stay_whole_in_a_coded_cache(family: str) -> None:
+    """An odd number of them would leave the rotated key no groups, and few bits would ruin every key."""
+    _, converted = half(family, reduction=None, rope_dim=8, kv_lora_rank=12)
+    cache = QuantizedLatentCache(converted.config, 4, 4, residual_length=0, sink_length=0)
+    ids, scales = tokens(2, 20), converted.config.key_scales
+    with torch.no_grad():
+        converted(ids, past_key_values=cache)
+        whole = converted(ids, use_cache=True).past_key_values
+    layer = cache.layers[0]
+    assert torch.equal(layer.states(1).dense()[..., 8:], whole.layers[0].values[..., 8:])
+    assert not torch.equal(layer.states(1).dense()[..., :8], whole.layers[0].values[..., :8])
+    rows = torch.randn(2, 3, 8 + scales)
+    assert relative(layer.states(1).dot(rows), rows @ layer.states(1).dense()[:, 0].mT) < TOLERANCE
+    ranges = calibrate_ranges(converted, [ids], 4, 4)
+    fixed = QuantizedLatentCache(converted.config, 4, 4, ranges=ranges)
+    assert converted.generate(ids, max_new_tokens=3, min_new_tokens=3, past_key_values=fixed).shape[1] == 23
+
+
+def test_attentions_of_all_layers_are_told_where_some_stay_as_they_are() -> None:
+    model, converted = half("gemma2", layers="full-attention")
+    with torch.no_grad():
+        found = [each(tokens(), output_attentions=True, use_cache=False).attentions for each in (model, converted)]
+    assert [len(each) for each in found] == [2, 2] and relative(found[1][0], found[0][0]) < TOLERANCE

