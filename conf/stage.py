@@ -23,6 +23,11 @@ from typing import Any
 
 import yaml
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "wandb")
 TEMPORARY = ".tmp"  # ends the name of a folder that is being written
 KEY_FILE = ".key"  # marks an unfinished folder with the key of the run that is filling it
@@ -119,6 +124,21 @@ class Stage:
         if record:
             print(f"{self.name}: finished in {self.folder} ({record['seconds']:.0f} s), skipped", flush=True)
         return record is not None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other pipeline makes this stage: points of a sweep that run side by side share some."""
+        if fcntl is None:
+            yield
+            return
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with (self.folder.parent / f".{self.folder.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print(f"{self.name}: another run is making {self.folder}, waiting for it", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     @contextmanager
     def run(self, resumable: bool = False, force: bool = False, main: bool = True) -> Iterator["Stage"]:

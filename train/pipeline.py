@@ -47,11 +47,12 @@ def run_point(config: Config, overrides: list[str]) -> None:
     started: set[str] = set()
     for stage in plan.stages:
         module = MODULES[stage.name]
-        # eval.evaluate serves two stages; it is started once.
-        if module in started or stage.skip(config.force):
+        if module in started:  # eval.evaluate serves two stages; it is started once
             continue
-        started.add(module)
-        run_stage(stage, config, module, overrides)
+        with stage.alone():
+            if not stage.skip(config.force):
+                started.add(module)
+                run_stage(stage, config, module, overrides)
     report = plan.report.folder / "report.html"
     print(f"\nresult:  {plan.finetune.folder}\nreport:  {report}", flush=True)
 

@@ -1,5 +1,7 @@
 """A stage's folder: finished only when sealed, skipped only for the same configuration and inputs, never lost."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,26 @@ def test_what_changed_is_said_when_an_earlier_result_is_moved_aside(
         pass
     out = capsys.readouterr().out
     assert "(mla.r: 1 -> 2, mla.new: unset -> True)" in out and "mla.R" not in out and "seed" not in out
+
+
+def test_only_one_run_at_a_time_makes_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Points of a sweep that a cluster runs side by side share the sample and the original's scores."""
+    order = []
+
+    def make(name: str) -> None:
+        with stage(tmp_path).alone():
+            if not stage(tmp_path).record():
+                with stage(tmp_path).run() as running:
+                    order.append(f"{name} makes it")
+                    time.sleep(0.3)
+                    (running.folder / "result").write_text(name)
+            else:
+                order.append(f"{name} finds it")
+
+    threads = [threading.Thread(target=make, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(word.split()[1] for word in order) == ["finds", "makes"] and order[0].endswith("makes it")
+    assert "another run is making" in capsys.readouterr().out
