@@ -24,6 +24,12 @@ class SourceKind(Enum):
     hub = "hub"  # a dataset on the Hugging Face hub, streamed
 
 
+class DocumentEnd(Enum):
+    auto = "auto"  # none where the tokenizer has a chat template: its eos ends turns, not texts
+    eos = "eos"
+    none = "none"
+
+
 class Trainable(Enum):
     all = "all"
     attention = "attention"  # all weights of the attention modules, no norms outside them
@@ -167,6 +173,7 @@ class DataConfig:
     tokens: int | None = None
     sequence_length: int = 2048
     validation_tokens: int = 262144  # from documents that training never sees
+    document_end: DocumentEnd = DocumentEnd.auto  # the token behind every document; positions tell them apart anyway
     allow_short: bool = False  # take a corpus smaller than the budget as it is
     num_workers: int = 1  # processes that read and tokenise; the result does not depend on it
     shard_tokens: int = 16777216

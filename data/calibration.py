@@ -15,7 +15,7 @@ import torch
 from conf.schema import Config
 from data.documents import MOST_HELD_OUT, VALIDATION, Split, unit
 from data.sources import Part, list_parts, read_texts
-from data.workers import encode
+from data.workers import encode, end_of
 
 CHARACTERS_PER_TOKEN = 8  # more than enough text for one sequence is cut out before tokenising
 SPREAD = 8  # files read side by side
@@ -79,9 +79,10 @@ def batches(
     batch_size: int,
 ) -> Iterator[torch.Tensor]:
     """Rows of documents whose hash is `wanted`, drawn from the sources in proportion to their weights."""
+    end = end_of(tokenizer, config.data.document_end)
     count = -(-tokens // length)
     sources = {
-        name: rows(alternate(list_parts(name, source, config.data.seed)), tokenizer, wanted, split, length)
+        name: rows(alternate(list_parts(name, source, config.data.seed)), tokenizer, wanted, split, length, end)
         for name, source in config.data.sources.items()
     }
     given = dict.fromkeys(sources, 0)
@@ -118,7 +119,7 @@ def alternate(parts: list[Part]) -> Iterator[str]:
 
 
 def rows(
-    texts: Iterator[str], tokenizer: Any, wanted: Callable[[bytes], bool], split: Split, length: int
+    texts: Iterator[str], tokenizer: Any, wanted: Callable[[bytes], bool], split: Split, length: int, end: int | None
 ) -> Iterator[list[int]]:
     """Rows of exactly `length` tokens: one of each long document, several short documents to a row."""
     held: list[int] = []
@@ -130,7 +131,7 @@ def rows(
         seen.add(key)
         room = max(0, len(text) - length * CHARACTERS_PER_TOKEN)
         start = int(unit(key[8:]) * room)
-        [document] = encode(tokenizer, [text[start : start + length * CHARACTERS_PER_TOKEN]])
+        [document] = encode(tokenizer, [text[start : start + length * CHARACTERS_PER_TOKEN]], end)
         held += document[:length].tolist()
         while len(held) >= length:
             yield held[:length]

@@ -17,7 +17,7 @@ from data.runs import RunWriter, merge
 from data.sources import Part, list_parts, read_texts
 from data.spill import Reading, certain, spill
 from data.take import Taken, allot, take
-from data.workers import Workers, encode
+from data.workers import Workers, encode, end_of
 
 MARGINS = (1.25, 3.0, 10.0, math.inf)  # characters read for each that is expected to be needed
 HELD_OUT_MARGIN = 1.6  # times as much held-out text: it is little, and one source makes up for another
@@ -63,7 +63,7 @@ def open_sources(config: Config, tokenizer: Any) -> list[Source]:
         sample = [text[:SAMPLE_CHARACTERS] for text in texts]
         if not sample:
             raise ValueError(f"data.sources.{name} is empty: no text in {sum(len(p.files) for p in parts)} files")
-        ratio = sum(map(len, sample)) / sum(map(len, encode(tokenizer, sample)))
+        ratio = sum(map(len, sample)) / max(1, sum(map(len, encode(tokenizer, sample, None))))
         sources.append(Source(name, source.weight, parts, ratio, whole=source.kind is SourceKind.local))
     # Files that are not compressed hold at most a token a byte.
     sizes = [sum(part.size or math.inf for part in source.parts) for source in sources]
@@ -85,7 +85,7 @@ def draw(config: Config, sources: list[Source], tokenizer: Any, work: Path) -> d
     wanted, split = wanted_tokens(config, sources), Split.of(config)
     weights = [source.weight for source in sources]
     margins = [0] * len(sources)
-    with Workers(config.data.num_workers, tokenizer) as workers:
+    with Workers(config.data.num_workers, tokenizer, end_of(tokenizer, config.data.document_end)) as workers:
         while True:
             readings = [
                 Reading(source.parts, source.whole, quotas(source, wanted[TRAIN][i], wanted[VALIDATION][i], margins[i]))

@@ -37,6 +37,7 @@ from data.documents import TRAIN, VALIDATION, Split
 from data.draw import Drawn, Source, draw, open_sources
 from data.pack import write_shards
 from data.runs import merge
+from data.workers import end_of
 
 
 def sample(config: Config) -> None:
@@ -68,8 +69,7 @@ def load_tokenizer(config: Config) -> Any:
     except OSError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the tokenizer of model.path={config.model.path} cannot be loaded: {reason}") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of model.path={config.model.path} has no eos token to end documents with")
+    end_of(tokenizer, config.data.document_end)
     return tokenizer
 
 

@@ -65,9 +65,10 @@ def take(
         for (key, sources, _), tokens in zip(groups.popleft(), rows, strict=True):
             # Batches run ahead of this count; a source that is full by now takes nothing.
             source = next(filter(wanting, sources), None)
-            if source is not None:
+            if source is not None and len(tokens):
                 kept = tokens[: wants[source] - taken[source].tokens]
-                kept[-1] = tokens[-1]  # eos, where it was cut too
+                if workers.end is not None:
+                    kept[-1] = workers.end  # where it was cut too
                 writer.add(Record(shuffled_key(key), source, kept.tobytes()))
                 taken[source].tokens += len(kept)
                 taken[source].documents += 1

@@ -14,22 +14,26 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from conf.schema import DocumentEnd
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Workers:
-    """A context manager around `count` processes that hold the tokenizer."""
+    """A context manager around `count` processes that hold the tokenizer. end: the token behind every document."""
 
-    def __init__(self, count: int, tokenizer: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, count: int, tokenizer: Any, end: int | None):
+        self.tokenizer, self.end = tokenizer, end
         self.count = count
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Workers":
         if self.count > 1:
             context = get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.count, context, initializer=_start, initargs=(self.tokenizer,))
+            self.pool = ProcessPoolExecutor(
+                self.count, context, initializer=_start, initargs=(self.tokenizer, self.end)
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -52,31 +56,45 @@ class Workers:
     def tokenise(self, batches: Iterable[list[str]]) -> Iterator[list[np.ndarray]]:
         """int32 tokens of each text of each batch."""
         if self.pool is None:
-            return (encode(self.tokenizer, batch) for batch in batches)
+            return (encode(self.tokenizer, batch, self.end) for batch in batches)
         return self.map(_encode, batches)
 
 
-def encode(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    """Tokens of whole documents: as the tokenizer begins them (some with bos), and ended by eos.
+def end_of(tokenizer: Any, wanted: DocumentEnd) -> int | None:
+    """The token behind every document. ValueError for a tokenizer that has none.
+
+    A chat model's eos ends its turns. Behind plain documents it would learn to end them before they begin.
+    """
+    if wanted is DocumentEnd.none or (wanted is DocumentEnd.auto and tokenizer.chat_template):
+        return None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no eos token to end documents with; "
+            "use data.document_end=none"
+        )
+    end: int = tokenizer.eos_token_id
+    return end
+
+
+def encode(tokenizer: Any, texts: list[str], end: int | None) -> list[np.ndarray]:
+    """Tokens of whole documents: as the tokenizer begins them (some with bos), and ended by `end` if there is one.
 
     Special tokens that are spelled out in a text stay text, or documentation about tokenizers would end documents.
-    ValueError for a tokenizer without eos.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no eos token to end documents with")
     options = {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
     rows = tokenizer(texts, **options)["input_ids"]
-    return [np.asarray(row if row and row[-1] == end else [*row, end], dtype=np.int32) for row in rows]
+    last = tokenizer.eos_token_id  # some tokenizers put it behind every text themselves
+    rows = [row[:-1] if row and row[-1] == last else row for row in rows]
+    return [np.asarray(row if end is None else [*row, end], dtype=np.int32) for row in rows]
 
 
 # One tokenizer per worker process: sending it with every batch would cost more than tokenising.
 _held: dict[str, Any] = {}
 
 
-def _start(tokenizer: Any) -> None:
+def _start(tokenizer: Any, end: int | None) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _held["tokenizer"] = tokenizer
+    _held.update(tokenizer=tokenizer, end=end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -89,4 +107,4 @@ def _end_with_parent() -> None:
 
 
 def _encode(texts: list[str]) -> list[np.ndarray]:
-    return encode(_held["tokenizer"], texts)
+    return encode(_held["tokenizer"], texts, _held["end"])

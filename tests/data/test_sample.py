@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
 from conf.plan import Plan, plain
-from conf.schema import Config
+from conf.schema import Config, DocumentEnd
+from data.calibration import calibration_batches
 from data.documents import Split
 from data.sample import sample
 from tests.data.corpora import WORDS, documents, local, make_config, write_jsonl
@@ -285,3 +287,35 @@ def test_a_killed_run_continues_to_the_same_shards(tmp_path: Path) -> None:
     assert not list(folder.parent.glob("*.old-*")), "the unfinished folder was not taken up"
     undisturbed = make_config(tmp_path, {"a": local(*files)}, name="undisturbed", **sizes)
     assert manifest["shards"] == run(undisturbed)["shards"]
+
+
+@pytest.mark.parametrize(("end", "chat", "ended"), [("auto", True, False), ("auto", False, True), ("eos", True, True)])
+def test_a_chat_model_s_end_of_turn_ends_no_document(end: str, chat: bool, ended: bool, tmp_path: Path) -> None:
+    """Its eos ends turns: learnt behind plain text, it would end answers before they begin."""
+    texts = documents(600)
+    config = make_config(
+        tmp_path, {"a": local(write_jsonl(tmp_path / "a.jsonl", texts))}, document_end=DocumentEnd(end), num_workers=2
+    )
+    if chat:
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        tokenizer.chat_template = "{{ messages }}"
+        tokenizer.save_pretrained(config.model.path)
+    run(config)
+    ids, positions = read_rows(config, "train")
+    assert (ids == EOS).any() == ended
+    tokens = {row[:-1] for row in encoded(config, texts)}
+    found = [stretch[:-1] if ended else stretch for stretch in pieces(ids, positions)]
+    assert sum(stretch in tokens for stretch in found) > 30  # whole documents, told apart by their positions
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    calibration = torch.cat(list(calibration_batches(config, tokenizer, tokens=512, sequence_length=32)))
+    assert bool((calibration == EOS).any()) == ended
+
+
+def test_documents_need_no_end_where_there_is_no_eos(tmp_path: Path) -> None:
+    config = make_config(tmp_path, {"a": local(write_jsonl(tmp_path / "a.jsonl", documents(600)))})
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(config.model.path)
+    with pytest.raises(ValueError, match="no eos token to end documents with; use data.document_end=none"):
+        sample(config)
+    run(replace(config, data=replace(config.data, document_end=DocumentEnd.none)))
