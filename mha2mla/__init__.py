@@ -12,10 +12,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from mha2mla.cache import cache_bytes
 from mha2mla.convert import ConversionReport, convert, needs_calibration, resolve_options
 from mha2mla.families import FAMILIES, register
+from mha2mla.native import to_deepseek
 from mha2mla.options import ConversionOptions
 from mha2mla.quantized_cache import QuantizedLatentCache, calibrate_ranges, rotate_latents
 from mha2mla.reconstruct import reconstruct
+from mha2mla.served import to_served
 from mha2mla.statistics import Statistics, collect_statistics
+from mha2mla.streaming import convert_streamed
 from mha2mla.version import __version__
 
 register(AutoConfig.register, AutoModel.register, AutoModelForCausalLM.register)
@@ -31,8 +34,11 @@ __all__ = [
     "calibrate_ranges",
     "collect_statistics",
     "convert",
+    "convert_streamed",
     "needs_calibration",
     "reconstruct",
     "resolve_options",
     "rotate_latents",
+    "to_deepseek",
+    "to_served",
 ]
