@@ -91,6 +91,10 @@ def test_the_formula_is_within_a_factor_of_two_of_what_was_measured() -> None:
     assert within(2, found["seconds"], default["convert"]["seconds"])
     found = healing(sizes, 65536, 2, 512, TWO_CORES, trainable="attention")
     assert within(2, found["seconds"], default["finetune"]["seconds"])
+    run = json.loads((RESULTS / "streamed.json").read_text())
+    large = AutoConfig.for_model("llama", **run["shape"], dtype="bfloat16")
+    found = conversion(large, sizes_of(large), run["calibration_tokens"], 0, run["length"], TWO_CORES)
+    assert within(2, found["streamed_gib"], run["peak_gib"]) and within(2, found["seconds"], run["seconds"])
     rows = json.loads((RESULTS / "train_speed_gpu.json").read_text())["rows"]
     for row in rows:
         if row["torch_compile"]:
