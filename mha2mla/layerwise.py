@@ -4,11 +4,13 @@ residuals, parallel branches, experts): the layer itself runs, and hooks read wh
 Shapes: B batch, S tokens from position 0 without padding, d hidden size.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from mha2mla.families import attention_layers
 from mha2mla.target import rotate_positions
 
 
@@ -24,22 +26,27 @@ class Reached(Exception):
     """Ends a forward pass at the place that was looked for."""
 
 
-def embed(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """What the first layer of a decoder gets for input_ids [B, S]."""
+def states_into(module: Any, run: Callable[[], Any]) -> torch.Tensor:
+    """The states that `run` hands to a module; it goes no further."""
     found: list[torch.Tensor] = []
 
-    def stop(_layer: Any, inputs: Any, named: Any) -> None:
+    def stop(_module: Any, inputs: Any, named: Any) -> None:
         found.append(inputs[0] if inputs else named["hidden_states"])
         raise Reached
 
-    handle = model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(input_ids=ids, use_cache=False)
+        run()
     except Reached:
         pass
     finally:
         handle.remove()
     return found[0]
+
+
+def embed(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What the first layer of a decoder gets for input_ids [B, S]."""
+    return states_into(model.layers[0], lambda: model(input_ids=ids, use_cache=False))
 
 
 def surroundings(model: Any, index: int, states: torch.Tensor) -> dict[str, Any]:
@@ -58,11 +65,6 @@ def surroundings(model: Any, index: int, states: torch.Tensor) -> dict[str, Any]
     }
 
 
-def attention_of(model: Any, index: int) -> Any:
-    layer = model.layers[index]
-    return layer.attention if hasattr(layer, "attention") else layer.self_attn
-
-
 def pass_layer(model: Any, index: int, states: torch.Tensor) -> Passed:
     """Run layer `index` of a decoder on states [B, S, d]."""
     seen: list[torch.Tensor] = []
@@ -70,7 +72,7 @@ def pass_layer(model: Any, index: int, states: torch.Tensor) -> Passed:
     def hook(_attention: Any, inputs: Any, named: Any, output: Any) -> None:
         seen.extend((inputs[0] if inputs else named["hidden_states"], output[0]))
 
-    handle = attention_of(model, index).register_forward_hook(hook, with_kwargs=True)
+    handle = attention_layers(model)[index].register_forward_hook(hook, with_kwargs=True)
     try:
         after = model.layers[index](states, **surroundings(model, index, states))
     finally:
@@ -80,17 +82,5 @@ def pass_layer(model: Any, index: int, states: torch.Tensor) -> Passed:
 
 def attention_input(model: Any, index: int, states: torch.Tensor) -> torch.Tensor:
     """What the attention of layer `index` gets when the layer gets states [B, S, d]."""
-    found: list[torch.Tensor] = []
-
-    def stop(_attention: Any, inputs: Any, named: Any) -> None:
-        found.append(inputs[0] if inputs else named["hidden_states"])
-        raise Reached
-
-    handle = attention_of(model, index).register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model.layers[index](states, **surroundings(model, index, states))
-    except Reached:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
+    around = surroundings(model, index, states)
+    return states_into(attention_layers(model)[index], lambda: model.layers[index](states, **around))

@@ -50,8 +50,8 @@ def obstacles(config: Any) -> list[str]:
     return found
 
 
-def grid_step(pairs: torch.Tensor, frequencies: int) -> int:
-    """n where pairs [R / 2] are every n-th of the model's frequencies; ValueError otherwise."""
+def require_grid(pairs: torch.Tensor, frequencies: int) -> None:
+    """ValueError unless pairs [R / 2] are every n-th of the model's frequencies."""
     kept = sorted(pairs.tolist())
     step = frequencies // len(kept) if len(kept) <= frequencies else 0
     if not step or kept != list(range(0, frequencies, step)):
@@ -59,7 +59,6 @@ def grid_step(pairs: torch.Tensor, frequencies: int) -> int:
             f"no native export: the rotated pairs are frequencies {kept[:6]}… of {frequencies}, not every n-th; "
             "convert with partial_rope=evenly-spaced rope_basis=principal"
         )
-    return step
 
 
 @torch.no_grad()
@@ -89,7 +88,7 @@ def to_deepseek(model: Any) -> DeepseekV3ForCausalLM:
     }
     for index, layer in enumerate(decoder.layers):
         prefix = f"model.layers.{index}."
-        grid_step(layer.self_attn.rope_pair_index[0], size // 2)
+        require_grid(layer.self_attn.rope_pair_index[0], size // 2)
         for name in ("input_layernorm", "post_attention_layernorm"):
             state[f"{prefix}{name}.weight"] = getattr(layer, name).weight
         gate, up = gate_and_up(layer.mlp)

@@ -95,7 +95,7 @@ def multipliers(norm: Any, eps: float) -> torch.Tensor:
 
 def query_and_key(attention: Any, states: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries [T, H, D] and keys [T, G, D] of the attention's input [T, d], normed but not rotated."""
-    query, key, _ = project(attention, states, geometry)
+    query, key = project(attention, states, geometry)
     if getattr(attention, "k_norm", None) is None:
         return query, key
     if is_joint(attention, geometry):
@@ -104,17 +104,14 @@ def query_and_key(attention: Any, states: torch.Tensor, geometry: Geometry) -> t
     return attention.q_norm(query), attention.k_norm(key)
 
 
-def project(
-    attention: Any, states: torch.Tensor, geometry: Geometry
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries [T, H, D], keys and values [T, G, D] of states [T, d], as the projections give them."""
+def project(attention: Any, states: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [T, H, D] and keys [T, G, D] of states [T, d], as the projections give them."""
     size = geometry.head_dim
     if hasattr(attention, "query_key_value"):
-        query, key, value = attention.query_key_value(states).view(len(states), -1, 3, size).unbind(2)
-        return query, key, value
+        query, key, _ = attention.query_key_value(states).view(len(states), -1, 3, size).unbind(2)
+        return query, key
     if hasattr(attention, "qkv_proj"):
-        parts = attention.qkv_proj(states).split(fused_sizes(geometry), dim=-1)
+        query, key, _ = attention.qkv_proj(states).split(fused_sizes(geometry), dim=-1)
     else:
-        parts = [getattr(attention, f"{name}_proj")(states) for name in "qkv"]
-    query, key, value = (part.unflatten(1, (-1, size)) for part in parts)
-    return query, key, value
+        query, key = attention.q_proj(states), attention.k_proj(states)
+    return query.unflatten(1, (-1, size)), key.unflatten(1, (-1, size))

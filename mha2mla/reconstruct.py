@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mha2mla.families import latent_layers
-from mha2mla.layerwise import attention_input, attention_of, embed, pass_layer, surroundings
+from mha2mla.families import attention_layers, latent_layers
+from mha2mla.layerwise import attention_input, embed, pass_layer, surroundings
 
 
 @dataclass
@@ -115,7 +115,7 @@ def fit_attention(
     learning_rate: float,
 ) -> LayerFit:
     """Adam on one layer's attention, from its closed-form start, with a learning rate that falls to zero."""
-    attention = attention_of(model, index)
+    attention = attention_layers(model)[index]
     dtype = next(attention.parameters()).dtype
     attention.float()
     parameters = list(attention.parameters())

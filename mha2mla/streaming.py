@@ -28,6 +28,7 @@ from mha2mla.layerwise import embed, pass_layer
 from mha2mla.memory import hand_back
 from mha2mla.options import ConversionOptions
 from mha2mla.reconstruct import LayerFit, fit_to, pass_targets
+from mha2mla.rotation import Rotation
 from mha2mla.self_check import check_layer, first_of_every_kind, require_exact
 from mha2mla.shards import Shards, without_weights, write_index, write_shard
 from mha2mla.statistics import LayerStatistics
@@ -130,6 +131,7 @@ class Job:
     learning_rate: float
     device: str
     dtype: torch.dtype
+    rotations: list[Rotation]
 
     @property
     def prefix(self) -> str:
@@ -155,7 +157,19 @@ def start(source: Path, output: Path, options: ConversionOptions, steps: int, le
     (output / STATE).mkdir(parents=True, exist_ok=True)
     dtype = shards.read(f"{name_of(teacher.get_input_embeddings(), teacher)}.weight").dtype
     return Job(
-        source, output, config, own_config, options, shards, teacher, student, steps, learning_rate, device, dtype
+        source=source,
+        output=output,
+        config=config,
+        own_config=own_config,
+        options=options,
+        shards=shards,
+        teacher=teacher,
+        student=student,
+        steps=steps,
+        learning_rate=learning_rate,
+        device=device,
+        dtype=dtype,
+        rotations=rotations_of(teacher),
     )
 
 
@@ -181,7 +195,7 @@ def convert_one(job: Job, index: int, texts: list[Text], progress: Progress) -> 
     state, latent = layer.state_dict(), index in chosen_layers(config, job.options)
     if latent:
         original, own = attention_layers(teacher)[index], f"{family_of(config).attention_name}."
-        statistics, rotation = statistics_of(original, inputs, geometry), rotations_of(teacher)[index]
+        statistics, rotation = statistics_of(original, inputs, geometry), job.rotations[index]
         with torch.autocast(torch.device(job.device).type, enabled=False):
             if index in first_of_every_kind(teacher):
                 progress.error = max(progress.error, require_exact(check_layer(teacher, index), config.model_type))

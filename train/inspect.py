@@ -24,7 +24,7 @@ from mha2mla import ConversionOptions, native, resolve_options, served
 from mha2mla.convert import TABLES
 from mha2mla.families import attention_layers, family_of, geometry_of
 from mha2mla.target import chosen_layers, converted_config
-from train.resources import H100, TWO_CORES, conversion, healing, sizes_of
+from train.resources import H100, TWO_CORES, conversion, count, healing
 
 REDUCTIONS = (0.5, 0.6875, 0.8125, 0.875)
 BYTES = 2  # of a cached number
@@ -38,8 +38,8 @@ def inspect(path: str, reductions: list[float]) -> dict[str, Any]:
     family, geometry = family_of(config), geometry_of(config)
     kinds = {geometry.num_heads: "multi-head (MHA)", 1: "multi-query (MQA)"}
     with torch.device("meta"):
-        attention = attention_layers(AutoModelForCausalLM.from_config(config))
-    sizes = sizes_of(config)
+        model = AutoModelForCausalLM.from_config(config)
+    attention, sizes = attention_layers(model), count(model)
     budgets = [budget(config, attention, reduction) for reduction in reductions]
     return {
         "model": path,

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conf.stage import provenance
-from mha2mla.families import geometry_of
+from mha2mla.families import attention_layers, geometry_of
 
 GIB = 2**30
 BF16, FP32 = 2, 4
@@ -57,11 +57,16 @@ class Sizes:
 
 def sizes_of(config: Any) -> Sizes:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        return count(AutoModelForCausalLM.from_config(config))
+
+
+def count(model: Any) -> Sizes:
+    """Sizes of a model, whose weights may be on "meta"."""
+    config = model.config
     decoder = model.base_model
     layer = decoder.layers[0]
-    count = {name: sum(p.numel() for p in module.parameters()) for name, module in (("all", model), ("one", layer))}
-    attention = getattr(layer, "self_attn", None) or layer.attention
+    total, one = (sum(p.numel() for p in module.parameters()) for module in (model, layer))
+    attention = attention_layers(model)[0]
     embedding = model.get_input_embeddings().weight.numel()
     experts = sum(p.numel() for name, p in layer.named_parameters() if ".experts." in name)
     chosen = getattr(config, "num_experts_per_tok", None)
@@ -69,11 +74,11 @@ def sizes_of(config: Any) -> Sizes:
     idle = experts * (1 - chosen / number) if experts and chosen else 0
     layers = config.num_hidden_layers
     return Sizes(
-        total=count["all"],
+        total=total,
         embedding=embedding,
-        layer=count["one"],
+        layer=one,
         attention=sum(p.numel() for p in attention.parameters()),
-        active=int(count["all"] - idle * layers),
+        active=int(total - idle * layers),
         stored=(getattr(config, "dtype", None) or torch.bfloat16).itemsize,
         layers=layers,
         hidden=config.hidden_size,

@@ -99,14 +99,13 @@ class MLAAttention(nn.Module):
             output, weights = self.attend_latent(q_nope, q_rot, latent, k_rot, attention_mask)
         else:
             keys, values = self.expand_kv(*(state if is_whole(state) else state.dense() for state in (latent, k_rot)))
-            implementation = self.config._attn_implementation
             if self.softcap is not None:
                 kwargs["softcap"] = self.softcap
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             if self.sliding_window is not None:
                 kwargs["sliding_window"] = self.sliding_window
             missing = self.qk_head_dim - self.v_head_dim
-            if missing > 0 and implementation == "sdpa":
+            if missing > 0 and self.config._attn_implementation == "sdpa":
                 # Its fast kernels want equal sizes; without them a training step on the CPU takes twice as long.
                 values = nn.functional.pad(values, (0, missing))
             else:

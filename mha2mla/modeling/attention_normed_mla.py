@@ -61,20 +61,20 @@ class NormedMLAAttention(MLAAttention):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         query, _ = self.q_norm(self.query_rows(hidden_states))
         mixing = self.rope_mixing.T.repeat_interleave(self.num_key_value_groups, 0)  # [H, P / 2]
-        q_rot = rotate((self.pairs(query, cos) * mixing[:, None]).flatten(-2), cos, sin)
+        q_rot = rotate((self.pairs(query) * mixing[:, None]).flatten(-2), cos, sin)
         return query.transpose(1, 2), q_rot.transpose(1, 2)
 
     def project_latents(
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         key, scale = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_key_value_heads, -1)))
-        mixed = torch.einsum("bsgcp,pg->bscp", self.pairs(key, cos), self.rope_mixing.to(key.dtype))
+        mixed = torch.einsum("bsgcp,pg->bscp", self.pairs(key), self.rope_mixing.to(key.dtype))
         k_rot = rotate(mixed.flatten(-2)[:, :, None], cos, sin)[:, :, 0]
         latent = self.kv_a_proj_with_mqa(hidden_states)
         scale = (scale * self.key_size.float()).to(key.dtype)
         return latent.unsqueeze(1), torch.cat((k_rot, scale), dim=-1).unsqueeze(1)
 
-    def pairs(self, rows: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
+    def pairs(self, rows: torch.Tensor) -> torch.Tensor:
         """The kept pairs of normed queries or keys [B, S, heads, D]: [B, S, heads, 2, P / 2]."""
         return rows[..., : self.rotary_size].unflatten(-1, (2, -1))[..., self.rope_pair_index[0]]
 
