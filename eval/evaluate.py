@@ -9,14 +9,14 @@ at a time. Both stages end in a `scores.json`; a killed run goes on where it sto
 from collections.abc import Iterable
 
 import hydra
-import torch
 from omegaconf import DictConfig
 from transformers import AutoConfig
 
+from conf.devices import pick_device
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import Plan
-from conf.schema import Config, Device
+from conf.schema import Config
 from conf.stage import Stage, write_json
 from eval.generate import ROPE_BITS
 from eval.inputs import Inputs, prepare
@@ -70,12 +70,6 @@ def score_stage(
                 "score": mean_score(found["tasks"]),
                 "perplexity": {text: each["value"] for text, each in found["perplexity"].items()},
             }
-
-
-def pick_device(device: Device) -> str:
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise ValueError("launch.device=cuda, but torch sees no CUDA device; use launch.device=auto or cpu")
-    return "cuda" if device is not Device.cpu and torch.cuda.is_available() else "cpu"
 
 
 def describe(inputs: Inputs, device: str) -> None:

@@ -21,12 +21,13 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from conf.devices import pick_device
 from conf.errors import stage_main
 from conf.memory import peak_memory_gib
 from conf.models import local_model
 from conf.plan import Plan
 from conf.precision import Dtype, native_autocast, torch_dtype
-from conf.schema import Config, Device, Streamed
+from conf.schema import Config, Streamed
 from conf.stage import write_json
 from data.calibration import calibration_batches, heldout_batches
 from mha2mla import (
@@ -41,7 +42,6 @@ from mha2mla.compare import Comparison, compare
 from mha2mla.reconstruct import LayerFit
 from mha2mla.streaming import PROGRESS, STATE, convert_streamed, forget_progress
 from train.checkpoint import appearing_in
-from train.launch import NO_CUDA
 from train.model import load_model
 from train.resources import sizes_of
 
@@ -60,18 +60,13 @@ def pretrained_config(config: Config) -> Any:
             "give a hub id such as org/name that this machine can reach, or a local checkpoint folder"
         ) from error
     resolve_options(pretrained, ConversionOptions.from_config(config.mla))
-    if config.launch.device is Device.cuda and not torch.cuda.is_available():
-        raise ValueError(NO_CUDA)
+    pick_device(config.launch.device)
     return pretrained
-
-
-def device_of(config: Config) -> str:
-    return "cuda" if config.launch.device is not Device.cpu and torch.cuda.is_available() else "cpu"
 
 
 def load_pretrained(config: Config) -> Any:
     """The original model on the device that conversion runs on."""
-    device = device_of(config)
+    device = pick_device(config.launch.device)
     dtype = torch_dtype(config.model.dtype, device == "cpu", stored="auto")
     model = load_model(local_model(config), dtype, "get that checkpoint again", revision=config.model.revision)
     return model.to(device).eval()
@@ -109,7 +104,7 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
             f"model.dtype={config.model.dtype.value}: layer by layer a checkpoint keeps its dtype; use auto"
         )
     source = checkpoint_folder(config)
-    tokenizer, device = AutoTokenizer.from_pretrained(source), device_of(config)
+    tokenizer, device = AutoTokenizer.from_pretrained(source), pick_device(config.launch.device)
     calibration, heldout = list(calibration_batches(config, tokenizer)), list(heldout_batches(config, tokenizer))
     print(f"convert: layer by layer from {source}", flush=True)
     options, mla = ConversionOptions.from_config(config.mla), config.mla
@@ -152,9 +147,16 @@ def is_streamed(config: Config, pretrained: Any, folder: Path) -> bool:
         return config.launch.streamed is Streamed.on
     if (folder / STATE / PROGRESS).exists():
         return True
-    sizes, dtype = sizes_of(pretrained), torch_dtype(config.model.dtype, device_of(config) == "cpu", stored="auto")
+    sizes, dtype = (
+        sizes_of(pretrained),
+        torch_dtype(config.model.dtype, pick_device(config.launch.device) == "cpu", stored="auto"),
+    )
     both = 2 * sizes.total * (sizes.stored if dtype == "auto" else dtype.itemsize)
-    free = torch.cuda.mem_get_info()[0] if device_of(config) == "cuda" else psutil.virtual_memory().available
+    free = (
+        torch.cuda.mem_get_info()[0]
+        if pick_device(config.launch.device) == "cuda"
+        else psutil.virtual_memory().available
+    )
     return both > MOST * free
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from conf.devices import NO_CUDA, pick_device
 from conf.precision import computes_bfloat16
 from conf.schema import Device, FinetuneConfig, LaunchConfig, Precision
 from train.sharding import plugins
-
-NO_CUDA = "launch.device=cuda, but torch sees no CUDA device; use launch.device=auto or cpu"
 
 
 def launch_command(launch: LaunchConfig, module: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -81,8 +80,7 @@ def cores() -> int:
 
 def start(finetune: FinetuneConfig, launch: LaunchConfig) -> Accelerator:
     """The Accelerator of this process, after checking that the launch is the one that was asked for."""
-    if launch.device is Device.cuda and not torch.cuda.is_available():
-        raise ValueError(NO_CUDA)
+    pick_device(launch.device)
     on_cpu = launch.device is Device.cpu or not torch.accelerator.is_available()
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
     if finetune.torch_compile and on_cpu and not any(map(shutil.which, compilers)):
