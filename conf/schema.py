@@ -146,6 +146,7 @@ class SourceConfig:
     name: str | None = None  # hub: dataset configuration; builtin: prose, docstrings or code
     split: str = "train"
     text_column: str = "text"
+    messages_column: str | None = None  # conversations instead, [{role, content}, ...], by the chat template
 
     def check(self, key: str) -> None:
         require(self.weight > 0, f"{key}.weight={self.weight} must be positive")
@@ -156,9 +157,12 @@ class SourceConfig:
             require(not self.data_files, f"{key}.data_files means nothing with kind={self.kind.value}")
         if self.kind is SourceKind.hub:
             require(bool(self.path), f"{key}.path is missing: give a dataset id such as org/name")
+        if self.messages_column:
+            require(self.text_column == "text", f"{key}: text_column and messages_column are both given: choose one")
         if self.kind is SourceKind.builtin:
             corpora = ("prose", "docstrings", "code")
             require(self.name in corpora, f"{key}.name={self.name} must be one of {', '.join(corpora)}")
+            require(not self.messages_column, f"{key}: messages_column means nothing with kind=builtin")
 
 
 @dataclass

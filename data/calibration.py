@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from conf.schema import Config
+from data.chats import is_chat
 from data.documents import MOST_HELD_OUT, VALIDATION, Split, unit
 from data.sources import Part, list_parts, read_texts
 from data.workers import encode, end_of
@@ -129,9 +130,11 @@ def rows(
         if not wanted(key) or key in seen:
             continue
         seen.add(key)
-        room = max(0, len(text) - length * CHARACTERS_PER_TOKEN)
-        start = int(unit(key[8:]) * room)
-        [document] = encode(tokenizer, [text[start : start + length * CHARACTERS_PER_TOKEN]], end)
+        if not is_chat(text):
+            room = max(0, len(text) - length * CHARACTERS_PER_TOKEN)
+            start = int(unit(key[8:]) * room)
+            text = text[start : start + length * CHARACTERS_PER_TOKEN]
+        [document] = encode(tokenizer, [text], end)
         held += document[:length].tolist()
         while len(held) >= length:
             yield held[:length]

@@ -10,6 +10,7 @@ from hashlib import blake2b
 
 from conf.models import pretrain_tokens
 from conf.schema import Config
+from data.chats import is_chat
 
 TRAIN, VALIDATION = "train", "validation"
 SIDES = (TRAIN, VALIDATION)
@@ -66,9 +67,9 @@ def name_rank(seed: int, name: str) -> bytes:
 
 
 def pieces(key: bytes, text: str) -> Iterator[tuple[bytes, str]]:
-    """A text with its key; a very long one in pieces cut at line ends, which share rank and side."""
+    """A text with its key; a very long one in pieces cut at line ends, which share rank and side. Chats stay whole."""
     start, number = 0, 0
-    while len(text) - start > LONGEST:
+    while len(text) - start > LONGEST and not is_chat(text):
         end = text.rfind("\n", start + LONGEST // 2, start + LONGEST) + 1 or start + LONGEST
         yield piece_key(key, number), text[start:end]
         start, number = end, number + 1

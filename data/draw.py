@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config, SourceKind
+from data.chats import is_chat, require_template
 from data.documents import TRAIN, VALIDATION, Split, train_tokens, whole_sequences
 from data.progress import Progress
 from data.runs import RunWriter, merge
@@ -58,9 +59,11 @@ def open_sources(config: Config, tokenizer: Any) -> list[Source]:
         )
     sources = []
     for name, source in config.data.sources.items():
+        if source.messages_column:
+            require_template(tokenizer, f"data.sources.{name}.messages_column={source.messages_column}")
         parts = list_parts(name, source, config.data.seed)
         texts = islice(chain.from_iterable(map(read_texts, parts)), SAMPLE_DOCUMENTS)
-        sample = [text[:SAMPLE_CHARACTERS] for text in texts]
+        sample = [text if is_chat(text) else text[:SAMPLE_CHARACTERS] for text in texts]
         if not sample:
             raise ValueError(f"data.sources.{name} is empty: no text in {sum(len(p.files) for p in parts)} files")
         ratio = sum(map(len, sample)) / max(1, sum(map(len, encode(tokenizer, sample, None))))

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from conf.schema import SourceConfig, SourceKind
 from data import builtin
+from data.chats import as_text, checked
 from data.documents import name_rank
 
 FORMATS = {
@@ -41,6 +42,7 @@ class Part:
     format: str
     files: tuple[str, ...]
     column: str
+    chats: bool  # whether the column holds conversations
     size: int | None
 
 
@@ -55,26 +57,30 @@ def list_parts(name: str, source: SourceConfig, seed: int) -> list[Part]:
         # The last two components: neither where a corpus lies nor which revision it is shall matter.
         names = {file: "/".join(file.split("/")[-2:]) for file in formats}
     shuffled = sorted(formats, key=lambda file: (name_rank(seed, names[file]), file))
-    return list(grouped(name, source.text_column, formats, [(file, file_size(file)) for file in shuffled]))
+    return list(grouped(name, source, formats, [(file, file_size(file)) for file in shuffled]))
 
 
-def grouped(name: str, column: str, formats: dict[str, str], sized: Iterable[tuple[str, int | None]]) -> Iterator[Part]:
+def grouped(
+    name: str, source: SourceConfig, formats: dict[str, str], sized: Iterable[tuple[str, int | None]]
+) -> Iterator[Part]:
     open_groups: dict[str, list[tuple[str, int | None]]] = {}
     for path, size in sized:
         group = open_groups.setdefault(formats[path], [])
         if group and (size is None or sum(s or 0 for _, s in group) + size > GROUP_BYTES or len(group) >= GROUP_FILES):
-            yield as_part(name, column, formats[path], group)
+            yield as_part(name, source, formats[path], group)
             open_groups[formats[path]] = group = []
         group.append((path, size))
     for format, group in open_groups.items():
-        yield as_part(name, column, format, group)
+        yield as_part(name, source, format, group)
 
 
-def as_part(name: str, column: str, format: str, group: list[tuple[str, int | None]]) -> Part:
-    plain = format != "parquet" and not any(path.endswith(COMPRESSIONS) for path, _ in group)
+def as_part(name: str, source: SourceConfig, format: str, group: list[tuple[str, int | None]]) -> Part:
+    chats = source.messages_column is not None  # the template adds to what is in the file
+    plain = not chats and format != "parquet" and not any(path.endswith(COMPRESSIONS) for path, _ in group)
     sizes = [size for _, size in group if size is not None]
     whole = sum(sizes) if plain and len(sizes) == len(group) else None
-    return Part(name, format, tuple(path for path, _ in group), column, whole)
+    column = source.messages_column or source.text_column
+    return Part(name, format, tuple(path for path, _ in group), column, chats, whole)
 
 
 def file_size(path: str) -> int | None:
@@ -141,9 +147,13 @@ def read_texts(part: Part) -> Iterator[str]:
     """The documents of a part, stripped, in file order; ValueError with the file's name where it cannot be read."""
     for file in part.files:
         try:
-            for text in file_texts(part, file):
-                if text and not text.isspace():
-                    yield text.strip()
+            for value in file_values(part, file):
+                if part.chats:
+                    messages = checked(value)
+                    if messages:
+                        yield as_text(messages)
+                elif value and not value.isspace():
+                    yield value.strip()
         except MissingColumn:
             raise
         except (OSError, EOFError, ValueError, RuntimeError, pa.ArrowException) as error:
@@ -154,9 +164,12 @@ class MissingColumn(ValueError):
     pass
 
 
-def file_texts(part: Part, file: str) -> Iterator[str | None]:
+def file_values(part: Part, file: str) -> Iterator[Any]:
+    """Texts, or lists of messages; None where a row has none."""
     if part.format in builtin.CORPORA:
         yield from builtin.read_texts(part.format, file)
+    elif part.chats and part.format in ("text", "lines"):
+        raise ValueError("a text file holds no conversations; messages_column needs JSON lines or Parquet")
     elif part.format == "lines":
         yield from merged_lines(column_values("text", file, "text", 4096, sample_by="line", keep_linebreaks=True))
     elif part.format == "text":
@@ -166,7 +179,10 @@ def file_texts(part: Part, file: str) -> Iterator[str | None]:
             return
         require_column(part, file)
         options: dict[str, Any] = {"columns": [part.column]} if part.format == "parquet" else {}  # reads nothing else
-        yield from column_values(part.format, file, part.column, **options)
+        if part.chats:
+            yield from conversations(part, file, **options)
+        else:
+            yield from column_values(part.format, file, part.column, **options)
 
 
 def open_stream(format: str, file: str, **options: Any) -> Any:
@@ -183,9 +199,18 @@ def require_column(part: Part, file: str) -> None:
     columns = stream.column_names or list(next(iter(stream), {}))
     if columns and part.column not in columns:
         raise MissingColumn(
-            f"data.sources.{part.source}.text_column={part.column}: {file} has no such column; "
+            f"data.sources.{part.source}.{column_option(part)}={part.column}: {file} has no such column; "
             f"it has {', '.join(columns)}"
         )
+
+
+def column_option(part: Part) -> str:
+    return "messages_column" if part.chats else "text_column"
+
+
+def conversations(part: Part, file: str, **options: Any) -> Iterator[Any]:
+    for row in open_stream(part.format, file, **options).select_columns([part.column]):
+        yield row[part.column]
 
 
 def column_values(format: str, file: str, column: str, batch: int = 64, **options: Any) -> Iterator[str | None]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from conf.schema import DocumentEnd
+from data.chats import chat_tokens, is_chat
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -80,12 +81,18 @@ def encode(tokenizer: Any, texts: list[str], end: int | None) -> list[np.ndarray
     """Tokens of whole documents: as the tokenizer begins them (some with bos), and ended by `end` if there is one.
 
     Special tokens that are spelled out in a text stay text, or documentation about tokenizers would end documents.
+    Conversations are as the chat template writes them.
     """
     options = {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
-    rows = tokenizer(texts, **options)["input_ids"]
+    plain = [text for text in texts if not is_chat(text)]
     last = tokenizer.eos_token_id  # some tokenizers put it behind every text themselves
-    rows = [row[:-1] if row and row[-1] == last else row for row in rows]
-    return [np.asarray(row if end is None else [*row, end], dtype=np.int32) for row in rows]
+
+    def ended(row: list[int]) -> list[int]:
+        row = row[:-1] if row and row[-1] == last else row
+        return row if end is None else [*row, end]
+
+    rows = map(ended, tokenizer(plain, **options)["input_ids"] if plain else ())
+    return [np.asarray(chat_tokens(tokenizer, text) if is_chat(text) else next(rows), dtype=np.int32) for text in texts]
 
 
 # One tokenizer per worker process: sending it with every batch would cost more than tokenising.
