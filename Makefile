@@ -24,7 +24,7 @@ OPTIONS := $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) \
            $(if $(GPUS),launch.num_processes=$(GPUS) launch.device=cuda) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune convert sample evaluate export report sweep bench test test-slow test-serving lint clean
+.PHONY: help setup finetune converse convert sample evaluate export report sweep bench test test-slow test-serving lint clean
 
 help:  ## this list
 	@echo "usage: make TARGET [MODEL=org/name] [GPUS=n] [EXPERIMENT=name] [ARGS=\"key=value …\"]"
@@ -45,6 +45,9 @@ finetune: $(DONE)  ## everything: convert, sample, fine-tune, evaluate, report; 
 
 convert: $(DONE)  ## only the conversion
 	@$(RUN) train.convert $(OPTIONS)
+
+converse: $(DONE)  ## only the conversations of sources with kind=generated
+	@$(RUN) data.converse $(OPTIONS)
 
 sample: $(DONE)  ## only the sampling of training data
 	@$(RUN) data.sample $(OPTIONS)

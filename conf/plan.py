@@ -1,6 +1,7 @@
 """The stages of one configuration: their folders, and how each one's key follows from the ones before.
 
 outputs/<model>/original/            scores of the unconverted model, shared by every point
+outputs/<model>/conversations-<name>/  what the original says, where a source is generated
 outputs/<model>/data-<name>/         sampled shards, shared by every point
 outputs/<model>/<point>/convert/     converted checkpoint
 outputs/<model>/<point>/finetune/    healed checkpoint
@@ -16,7 +17,7 @@ from typing import Any
 
 from conf.evaluation import EvalConfig
 from conf.models import data_folder, model_fingerprint, teacher_config
-from conf.schema import DISTILLATION, Config, DataConfig, ExportStage
+from conf.schema import DISTILLATION, Config, DataConfig, ExportStage, SourceKind
 from conf.stage import Stage, fingerprint, write_json
 
 
@@ -42,6 +43,15 @@ class Plan:
         model = {"model": model_fingerprint(config)}
         shown = {"model": plain(config.model)}
 
+        self.converses = any(source.kind is SourceKind.generated for source in config.data.sources.values())
+        self.converse = Stage(
+            "converse",
+            self.model_dir / f"conversations-{config.data.name}",
+            shown | {"data": without(plain(config.data), "num_workers", "shard_tokens", "document_end")},
+            model | data_fingerprints(config.data),
+        )
+        text = data_fingerprints(config.data) | ({"converse": self.converse.key} if self.converses else {})
+
         self.convert = Stage(
             "convert",
             self.run_dir / "convert",
@@ -51,7 +61,7 @@ class Plan:
                 "calibration": plain(config.calibration),
                 "data": {"sources": plain(config.data.sources), "seed": config.data.seed},  # its calibration text
             },
-            model | data_fingerprints(config.data),
+            model | text,
         )
         # What a result does not depend on is not part of its key.
         sampled = without(plain(config.data), "num_workers")
@@ -60,7 +70,7 @@ class Plan:
             "sample",
             self.model_dir / f"data-{config.data.name}",
             shown | {"data": sampled},
-            model | data_fingerprints(config.data),
+            model | text,
         )
         self.finetune = Stage(
             "finetune",
@@ -101,7 +111,8 @@ class Plan:
 
     @property
     def stages(self) -> list[Stage]:
-        return [self.convert, self.sample, self.finetune, self.original, self.evaluate, self.report]
+        first = [self.converse] if self.converses else []
+        return [*first, self.convert, self.sample, self.finetune, self.original, self.evaluate, self.report]
 
 
 def write_result(config: Config, name: str, result: dict[str, Any]) -> Path:

@@ -22,6 +22,7 @@ class SourceKind(Enum):
     builtin = "builtin"  # documentation and source of the installed Python environment
     local = "local"  # files on disk
     hub = "hub"  # a dataset on the Hugging Face hub, streamed
+    generated = "generated"  # conversations that the original model has with itself (data/converse.py)
 
 
 class DocumentEnd(Enum):
@@ -163,6 +164,10 @@ class SourceConfig:
             corpora = ("prose", "docstrings", "code")
             require(self.name in corpora, f"{key}.name={self.name} must be one of {', '.join(corpora)}")
             require(not self.messages_column, f"{key}: messages_column means nothing with kind=builtin")
+        if self.kind is SourceKind.generated:
+            require(
+                self == SourceConfig(self.kind, self.weight), f"{key}: kind=generated knows a weight and nothing else"
+            )
 
 
 @dataclass
@@ -196,6 +201,12 @@ class DataConfig:
             self.files = []
         for name, source in self.sources.items():
             source.check(f"data.sources.{name}")
+        kinds = [source.kind for source in self.sources.values()]
+        if SourceKind.generated in kinds:
+            require(
+                kinds.count(SourceKind.generated) == 1 < len(kinds),
+                "data.sources: one source of kind=generated, and others beside it to validate on",
+            )
 
 
 @dataclass

@@ -112,9 +112,9 @@ class Stage:
         if record is None:
             found = read_record(self.folder)
             state = "was made with another configuration" if found else "has not finished"
+            target = "evaluate" if self.name == "original" else self.name
             raise FileNotFoundError(
-                f"stage '{self.name}' in {self.folder} {state}; run `make {MAKE_TARGETS.get(self.name, self.name)}` "
-                "with the same options first"
+                f"stage '{self.name}' in {self.folder} {state}; run `make {target}` with the same options first"
             )
         return record
 
@@ -185,9 +185,6 @@ class Stage:
         self.folder.mkdir(parents=True, exist_ok=True)
         marker.write_text(self.key)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
-
-
-MAKE_TARGETS = {"sample": "sample", "convert": "convert", "finetune": "finetune", "evaluate": "evaluate"}
 
 
 def differences(file: Path, config: dict[str, Any], most: int = 6) -> list[str]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from conf.schema import Config
+from conf.schema import Config, SourceConfig, SourceKind
 from data.chats import is_chat
 from data.documents import MOST_HELD_OUT, VALIDATION, Split, unit
-from data.sources import Part, list_parts, read_texts
+from data.sources import Part, list_parts, read_texts, written_sources
 from data.workers import encode, end_of
 
 CHARACTERS_PER_TOKEN = 8  # more than enough text for one sequence is cut out before tokenising
@@ -38,7 +38,8 @@ def calibration_batches(
     return batches(
         config,
         tokenizer,
-        lambda key: unit(key) < 1 - MOST_HELD_OUT,
+        written_sources(config),
+        never_held_out,
         split,
         "data for calibration",
         tokens or config.calibration.tokens,
@@ -60,6 +61,7 @@ def heldout_batches(
     return batches(
         config,
         tokenizer,
+        plain_sources(config),
         lambda key: split.place(key)[0] == VALIDATION,
         split,
         "held-out data",
@@ -69,9 +71,34 @@ def heldout_batches(
     )
 
 
+def training_texts(config: Config) -> Iterator[str]:
+    """Texts of the sources that are not generated, by weight, none of which is held out under any configuration."""
+    split, sources = Split.of(config), plain_sources(config)
+    streams = {name: alternate(list_parts(name, source, config.data.seed)) for name, source in sources.items()}
+    given = dict.fromkeys(streams, 0)
+    while streams:
+        name = min(streams, key=lambda name: (given[name] + 0.5) / sources[name].weight)
+        text = next((text for text in streams[name] if never_held_out(split.key(text))), None)
+        if text is None:
+            del streams[name]
+        else:
+            given[name] += 1
+            yield text
+
+
+def plain_sources(config: Config) -> dict[str, SourceConfig]:
+    return {name: source for name, source in config.data.sources.items() if source.kind is not SourceKind.generated}
+
+
+def never_held_out(key: bytes) -> bool:
+    """Whether a document is held out under no configuration."""
+    return unit(key) < 1 - MOST_HELD_OUT
+
+
 def batches(
     config: Config,
     tokenizer: Any,
+    given_sources: dict[str, SourceConfig],
     wanted: Callable[[bytes], bool],
     split: Split,
     what: str,
@@ -84,13 +111,13 @@ def batches(
     count = -(-tokens // length)
     sources = {
         name: rows(alternate(list_parts(name, source, config.data.seed)), tokenizer, wanted, split, length, end)
-        for name, source in config.data.sources.items()
+        for name, source in given_sources.items()
     }
     given = dict.fromkeys(sources, 0)
     found: list[list[int]] = []
     while len(found) < count and sources:
         # The source that is furthest behind its share is next; one that has no more is left out.
-        name = min(sources, key=lambda name: (given[name] + 0.5) / config.data.sources[name].weight)
+        name = min(sources, key=lambda name: (given[name] + 0.5) / given_sources[name].weight)
         row = next(sources[name], None)
         if row is None:
             del sources[name]

@@ -14,7 +14,9 @@ Messages = list[dict[str, str]]
 
 
 def as_text(messages: Messages) -> str:
-    return MARK + json.dumps([{"role": each["role"], "content": each["content"]} for each in messages])
+    names = ("role", "content", "unfinished")
+    kept = [{name: each[name] for name in names if each.get(name) is not None} for each in messages]
+    return MARK + json.dumps(kept)
 
 
 def is_chat(text: str) -> bool:
@@ -33,10 +35,13 @@ def checked(value: Any) -> Messages | None:
 
 
 def chat_tokens(tokenizer: Any, text: str) -> list[int]:
-    """What the model sees of a finished conversation; the template ends its turns itself."""
+    """What the model sees of a conversation: the template ends its turns, but for a last one marked `unfinished`."""
     messages = json.loads(text.removeprefix(MARK))
+    goes_on = bool(messages[-1].get("unfinished"))
     try:
-        ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        ids: list[int] = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=False, continue_final_message=goes_on
+        )
     except TemplateError as error:
         raise ValueError(f"the tokenizer's chat template refuses a conversation ({error}): {text[:300]}") from error
     return ids

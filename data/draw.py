@@ -10,12 +10,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Config, SourceKind
+from conf.schema import Config, SourceConfig, SourceKind
 from data.chats import is_chat, require_template
 from data.documents import TRAIN, VALIDATION, Split, train_tokens, whole_sequences
 from data.progress import Progress
 from data.runs import RunWriter, merge
-from data.sources import Part, list_parts, read_texts
+from data.sources import Part, list_parts, read_texts, written_sources
 from data.spill import Reading, certain, spill
 from data.take import Taken, allot, take
 from data.workers import Workers, encode, end_of
@@ -35,6 +35,7 @@ class Source:
     parts: list[Part]
     ratio: float
     whole: bool
+    split: Split
 
 
 @dataclass
@@ -58,7 +59,7 @@ def open_sources(config: Config, tokenizer: Any) -> list[Source]:
             "for a weighted mixture, or data=builtin or data=smollm"
         )
     sources = []
-    for name, source in config.data.sources.items():
+    for name, source in written_sources(config).items():
         if source.messages_column:
             require_template(tokenizer, f"data.sources.{name}.messages_column={source.messages_column}")
         parts = list_parts(name, source, config.data.seed)
@@ -67,7 +68,8 @@ def open_sources(config: Config, tokenizer: Any) -> list[Source]:
         if not sample:
             raise ValueError(f"data.sources.{name} is empty: no text in {sum(len(p.files) for p in parts)} files")
         ratio = sum(map(len, sample)) / max(1, sum(map(len, encode(tokenizer, sample, None))))
-        sources.append(Source(name, source.weight, parts, ratio, whole=source.kind is SourceKind.local))
+        split = split_of(config, config.data.sources[name])
+        sources.append(Source(name, source.weight, parts, ratio, source.kind is SourceKind.local, split))
     # Files that are not compressed hold at most a token a byte.
     sizes = [sum(part.size or math.inf for part in source.parts) for source in sources]
     wanted = wanted_tokens(config, sources)[TRAIN]
@@ -80,23 +82,29 @@ def wanted_tokens(config: Config, sources: list[Source]) -> dict[str, list[int]]
     """Tokens of each source by side; the sum of a side is whole sequences."""
     weights = [source.weight for source in sources]
     held_out = whole_sequences(config.data.validation_tokens, config.data.sequence_length)
-    return {TRAIN: allot(train_tokens(config), weights), VALIDATION: allot(held_out, weights)}
+    real = [source.weight if source.split.held_out else 0.0 for source in sources]
+    return {TRAIN: allot(train_tokens(config), weights), VALIDATION: allot(held_out, real)}
 
 
 def draw(config: Config, sources: list[Source], tokenizer: Any, work: Path) -> dict[str, Drawn]:
     """Sample both sides into sorted runs under `work`; ValueError if there is too little text."""
-    wanted, split = wanted_tokens(config, sources), Split.of(config)
+    wanted = wanted_tokens(config, sources)
     weights = [source.weight for source in sources]
     margins = [0] * len(sources)
     with Workers(config.data.num_workers, tokenizer, end_of(tokenizer, config.data.document_end)) as workers:
         while True:
             readings = [
-                Reading(source.parts, source.whole, quotas(source, wanted[TRAIN][i], wanted[VALIDATION][i], margins[i]))
+                Reading(
+                    source.parts,
+                    source.whole,
+                    source.split,
+                    quotas(source, wanted[TRAIN][i], wanted[VALIDATION][i], margins[i]),
+                )
                 for i, source in enumerate(sources)
             ]
-            spill(workers, readings, split, work / "texts")
+            spill(workers, readings, work / "texts")
             refuse_short(config, sources, wanted[TRAIN], estimates(sources, readings, wanted[TRAIN]))
-            taker = Taker(readings, split, workers, work)
+            taker = Taker(readings, workers, work)
             held_out = taker.take_held_out(wanted[VALIDATION], weights)
             more = [i for i in held_out.short if not readings[i].complete]
             if not more:
@@ -110,6 +118,11 @@ def draw(config: Config, sources: list[Source], tokenizer: Any, work: Path) -> d
     refuse_short(config, sources, wanted[TRAIN], found)
     refuse_no_sequence(config, train, held_out, sum(wanted[VALIDATION]))
     return {TRAIN: train, VALIDATION: held_out}
+
+
+def split_of(config: Config, source: SourceConfig) -> Split:
+    """What the model itself has said is for training; validation is of real text."""
+    return Split(config.data.seed, 0.0) if source.kind is SourceKind.generated else Split.of(config)
 
 
 def quotas(source: Source, train: int, held_out: int, margin: int) -> dict[str, float]:
@@ -130,7 +143,6 @@ class Taker:
     """Takes from what was read."""
 
     readings: list[Reading]
-    split: Split
     workers: Workers
     work: Path
 
@@ -138,7 +150,7 @@ class Taker:
         runs = merge(path for reading in self.readings for path in reading.runs[side])
         writer = RunWriter(self.work / f"tokens-{side}")
         progress = Progress(f"sample {side}", sum(wants), "tokens")
-        taken = take(certain(runs, self.readings, self.split), wants, self.workers, writer, progress)
+        taken = take(certain(runs, self.readings), wants, self.workers, writer, progress)
         progress.close()
         return Drawn(writer.close(), taken, [i for i, want in enumerate(wants) if taken[i].tokens < want])
 

@@ -8,6 +8,7 @@ alone; each part is read by itself, by any process, through streaming `datasets`
              Compressed (.gz .bz2 .xz .zst) or not.
     hub      Any dataset that `datasets` reads as JSON, Parquet or text files; `path` may be a local copy.
     builtin  See data/builtin.py.
+    generated  What the stage in data/converse.py has written.
 """
 
 import os
@@ -19,7 +20,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from conf.schema import SourceConfig, SourceKind
+from conf.plan import Plan
+from conf.schema import Config, SourceConfig, SourceKind
 from data import builtin
 from data.chats import as_text, checked
 from data.documents import name_rank
@@ -44,6 +46,21 @@ class Part:
     column: str
     chats: bool  # whether the column holds conversations
     size: int | None
+
+
+def written_sources(config: Config) -> dict[str, SourceConfig]:
+    """The sources of a configuration, a generated one as the files that hold it; FileNotFoundError before they do."""
+    return {
+        name: as_files(config, source) if source.kind is SourceKind.generated else source
+        for name, source in config.data.sources.items()
+    }
+
+
+def as_files(config: Config, source: SourceConfig) -> SourceConfig:
+    stage = Plan(config).converse
+    stage.require_finished()
+    files = [str(stage.folder / "*.jsonl")]
+    return SourceConfig(weight=source.weight, data_files=files, messages_column="messages")
 
 
 def list_parts(name: str, source: SourceConfig, seed: int) -> list[Part]:

@@ -95,6 +95,7 @@ class Reading:
 
     parts: list[Part]
     whole: bool
+    split: Split
     quota: dict[str, float]
     runs: dict[str, list[str]] = field(default_factory=lambda: {side: [] for side in SIDES})
     characters: dict[str, np.ndarray] = field(
@@ -127,7 +128,7 @@ class Reading:
         self.complete &= found.complete
 
 
-def spill(workers: Workers, readings: list[Reading], split: Split, folder: Path) -> None:
+def spill(workers: Workers, readings: list[Reading], folder: Path) -> None:
     """Read all sources side by side, filling `readings`."""
     progress = Progress("read", None, "characters")
 
@@ -142,7 +143,7 @@ def spill(workers: Workers, readings: list[Reading], split: Split, folder: Path)
                     yield Task(
                         reading.parts[number],
                         source,
-                        split,
+                        reading.split,
                         reading.whole,
                         reading.part_quota(),
                         reading.part_limit(),
@@ -160,9 +161,10 @@ def spill(workers: Workers, readings: list[Reading], split: Split, folder: Path)
     progress.close()
 
 
-def certain(records: Iterable[Record], readings: list[Reading], split: Split) -> Iterator[Record]:
+def certain(records: Iterable[Record], readings: list[Reading]) -> Iterator[Record]:
     """Records in the order of rank up to where a source's parts may have left something out."""
     for record in records:
-        side, rank = split.place(record.key)
-        if rank < readings[record.source].limit[side]:
+        reading = readings[record.source]
+        side, rank = reading.split.place(record.key)
+        if rank < reading.limit[side]:
             yield record

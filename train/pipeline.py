@@ -26,6 +26,7 @@ from conf.schema import Config, typed_config
 from conf.stage import Stage, write_json
 
 MODULES = {
+    "converse": "data.converse",
     "convert": "train.convert",
     "sample": "data.sample",
     "finetune": "train.finetune",

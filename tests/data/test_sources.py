@@ -189,7 +189,7 @@ def test_bad_settings(settings: dict[str, object], message: str) -> None:
 def test_shipped_data_groups_and_short_forms(tmp_path: Path) -> None:
     folder = Path(__file__).parents[2] / "conf"
     names = sorted(path.stem for path in (folder / "data").glob("*.yaml"))
-    assert names == ["builtin", "local", "smollm"]
+    assert names == ["builtin", "chat", "local", "smollm"]
     with initialize_config_dir(str(folder), version_base="1.3"):
         weights = {
             name: [s.weight for s in typed_config(compose("config", [f"data={name}"])).data.sources.values()]

@@ -1,0 +1,154 @@
+"""Conversations of the original with itself: made once, for training alone, and resumed to the same words."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from conf.plan import Plan
+from conf.schema import Config, DataConfig, SourceConfig, SourceKind
+from data import converse as converse_module
+from data.calibration import calibration_batches, heldout_batches
+from data.chats import as_text, chat_tokens
+from data.converse import converse, opening, read_chats
+from data.draw import open_sources
+from data.sample import sample
+from data.sources import written_sources
+from data.workers import encode
+from tests.data.corpora import WORDS, documents, local, make_config, write_jsonl
+from tests.data.test_sample import pieces, read_rows
+
+EOS = len(WORDS) + 1
+# A user's turn begins with w0, an answer with w1; no plain document of these tests holds either.
+TEMPLATE = (
+    "{% for m in messages %}{{ {'user': 'w0', 'assistant': 'w1'}[m.role] }} {{ m.content }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}w1 {% endif %}"
+)
+GENERATED = SourceConfig(kind=SourceKind.generated)
+
+
+def chat_model(tmp_path: Path, **data: object) -> Config:
+    """A random model with a chat template, and a source of text beside the generated one."""
+    texts = [text.replace("w0 ", "w2 ").replace("w1 ", "w2 ") for text in documents(600)]
+    plain = local(write_jsonl(tmp_path / "a.jsonl", [f"w2 {text} w2" for text in texts]))
+    config = make_config(tmp_path, {"plain": plain, "own": GENERATED}, **data)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(config.model.path)
+    if not (Path(config.model.path) / "config.json").exists():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=EOS + 1, eos_token_id=EOS, pad_token_id=EOS, **sizes))
+        model.lm_head.weight.data[EOS] *= 40  # most of what it says comes to an end
+        model.save_pretrained(config.model.path)
+    return config
+
+
+def files(config: Config) -> dict[str, str]:
+    return {file.name: file.read_text() for file in sorted(Plan(config).converse.folder.glob("*.jsonl"))}
+
+
+def test_a_sample_of_text_and_what_the_model_says(tmp_path: Path) -> None:
+    config = chat_model(tmp_path)
+    converse(config)
+    sample(config)
+    manifest = json.loads((Plan(config).sample.folder / "manifest.json").read_text())
+    assert manifest["sources"]["own"]["tokens"] == 3200 and manifest["tokens"] == 6400
+    assert manifest["sources"]["own"]["validation_tokens"] == 0  # validation is of real text
+    ids, positions = read_rows(config, "train")
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    [source] = [each for name, each in written_sources(config).items() if name == "own"]
+    said = [chat for file in files(config) for chat in read_chats(Plan(config).converse.folder / file)]
+    assert source.messages_column and {len(chat) for chat in said} == {2}
+    expected = {tuple(row.tolist()) for row in encode(tokenizer, [as_text(chat) for chat in said], None)}
+    assert sum(stretch in expected for stretch in pieces(ids, positions)) > 10
+    held_out, _ = read_rows(config, "validation")
+    assert (ids == 1).any() and not (held_out == 1).any()
+    calibration = torch.cat(list(calibration_batches(config, tokenizer, tokens=2048, sequence_length=64)))
+    measured = torch.cat(list(heldout_batches(config, tokenizer, tokens=1024, sequence_length=64)))
+    assert (calibration == 1).any(1).float().mean() > 0.3 and not (measured == 1).any()
+
+
+def test_half_of_it_is_about_passages_of_the_other_sources(tmp_path: Path) -> None:
+    config = chat_model(tmp_path)
+    converse(config)
+    plain = {text for text in (tmp_path / "a.jsonl").read_text().split('"') if " " in text}
+    asked = [chat[0]["content"] for name in files(config) for chat in read_chats(Plan(config).converse.folder / name)]
+    about = [text for text in asked if any(request in text for request in converse_module.REQUESTS)]
+    assert 0.4 < len(about) / len(asked) <= 0.8  # a random model's own questions do not always come to an end
+    passages = [part for text in about for part in text.split("\n\n") if part not in converse_module.REQUESTS]
+    assert sum(any(part in text for text in plain) for part in passages) > 0.9 * len(passages)
+
+
+def test_an_answer_without_an_end_teaches_none(tmp_path: Path) -> None:
+    config = chat_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    chat = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    assert chat_tokens(tokenizer, as_text(chat))[-1] == EOS
+    chat[-1]["unfinished"] = True  # type: ignore[assignment]
+    assert chat_tokens(tokenizer, as_text(chat))[-1] == 7
+
+
+def test_a_killed_run_goes_on_with_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = chat_model(tmp_path, name="whole", tokens=12800)
+    converse(whole)
+    assert len(files(whole)) > 2 and len(set(files(whole).values())) == len(files(whole))
+    killed = chat_model(tmp_path, name="killed", tokens=12800)
+    speak = converse_module.Speaker.conversations
+
+    def once(self: converse_module.Speaker, number: int) -> list[list[dict[str, str]]]:
+        if number == 1 and not (tmp_path / "been").exists():
+            (tmp_path / "been").touch()
+            raise KeyboardInterrupt
+        return speak(self, number)
+
+    monkeypatch.setattr(converse_module.Speaker, "conversations", once)
+    with pytest.raises(KeyboardInterrupt):
+        converse(killed)
+    assert len(files(killed)) == 1
+    with pytest.raises(FileNotFoundError, match="stage 'converse' .* has not finished; run `make converse`"):
+        sample(killed)
+    converse(killed)
+    assert files(killed) == files(whole)
+    again = Plan(killed).converse.record()
+    converse(killed)  # finished: nothing is said anew
+    assert Plan(killed).converse.record() == again
+
+
+def test_what_the_original_says_is_part_of_the_keys(tmp_path: Path) -> None:
+    config = chat_model(tmp_path)
+    plan = Plan(config)
+    assert plan.stages[0].name == "converse"
+    longer = Plan(chat_model(tmp_path, tokens=12800))
+    assert plan.convert.key != longer.convert.key and plan.sample.key != longer.sample.key
+    config.data.sources.pop("own")
+    assert "converse" not in [stage.name for stage in Plan(config).stages]
+
+
+def test_questions_begin_where_the_template_lets_a_user_speak(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_model(tmp_path).model.path)
+    assert opening(tokenizer) == "w0 "
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role | upper }}{% endfor %}"
+    assert opening(tokenizer) == ""
+
+
+def test_what_cannot_be_generated(tmp_path: Path) -> None:
+    plain = SourceConfig(data_files=["a"])
+    for sources in ({"own": GENERATED}, {"plain": plain, "own": GENERATED, "more": GENERATED}):
+        with pytest.raises(ValueError, match="one source of kind=generated, and others beside it"):
+            DataConfig(sources=sources)
+    with pytest.raises(ValueError, match="data.sources.own: kind=generated knows a weight and nothing else"):
+        DataConfig(sources={"plain": plain, "own": SourceConfig(kind=SourceKind.generated, name="prose")})
+    config = chat_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer.chat_template = None
+    (Path(config.model.path) / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(config.model.path)
+    with pytest.raises(ValueError, match="kind=generated: the tokenizer of .* has no chat template"):
+        converse(config)
+    with pytest.raises(FileNotFoundError, match="run `make converse`"):
+        open_sources(config, tokenizer)
+    assert np.isclose(converse_module.generated_share(config), 0.5)
