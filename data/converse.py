@@ -36,6 +36,7 @@ from data.documents import train_tokens
 from data.progress import Progress
 
 TOGETHER = 32  # conversations a file, generated as one batch
+LONGEST_QUESTION = 96  # tokens
 MORE = 1.05  # tokens generated for each that is wanted: copies are taken once
 CHARACTERS_PER_TOKEN = 3  # few enough that a passage fits into the room it is given
 REQUESTS = (
@@ -94,7 +95,7 @@ class Speaker:
             torch.manual_seed(1_000_003 * self.seed + number)
             passages = self.passages(number)
             asked = self.answered(passages, self.room // 4)
-            return asked + self.answered(self.questions(TOGETHER - len(passages)), self.room // 2)
+            return asked + self.answered(self.questions(TOGETHER - len(passages)), self.room // 4)
 
     def passages(self, number: int) -> list[str]:
         """Requests about passages that take at most half of a sequence."""
@@ -112,7 +113,7 @@ class Speaker:
         """What a user says, as the model sees users; those that do not come to an end are left out."""
         if not self.opening:
             return []
-        turns = self.continued([self.opening] * count, self.room // 4)
+        turns = self.continued([self.opening] * count, min(LONGEST_QUESTION, self.room // 4))
         return [text.strip() for text, finished in turns if finished and text.strip()]
 
     def answered(self, questions: list[str], room: int) -> list[Messages]:
