@@ -53,7 +53,10 @@ REQUESTS = (
 
 def converse(config: Config) -> None:
     """Run the stage: as many conversations as the generated sources' share of the training tokens."""
-    stage = Plan(config).converse
+    plan = Plan(config)
+    stage = plan.converse
+    if not plan.converses:
+        raise ValueError("no source of kind=generated among data.sources; there is one in data=chat")
     if stage.skip(config.force):
         return
     path, revision = local_model(config), config.model.revision

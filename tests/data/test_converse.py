@@ -151,4 +151,6 @@ def test_what_cannot_be_generated(tmp_path: Path) -> None:
         converse(config)
     with pytest.raises(FileNotFoundError, match="run `make converse`"):
         open_sources(config, tokenizer)
+    with pytest.raises(ValueError, match="no source of kind=generated among data.sources"):
+        converse(make_config(tmp_path, {"plain": plain}))
     assert np.isclose(converse_module.generated_share(config), 0.5)
