@@ -73,12 +73,12 @@ def heldout_batches(
 
 def training_texts(config: Config) -> Iterator[str]:
     """Texts of the sources that are not generated, by weight, none of which is held out under any configuration."""
-    split, sources = Split.of(config), plain_sources(config)
+    key, sources = Split(config.data.seed, 0.0).key, plain_sources(config)
     streams = {name: alternate(list_parts(name, source, config.data.seed)) for name, source in sources.items()}
     given = dict.fromkeys(streams, 0)
     while streams:
         name = min(streams, key=lambda name: (given[name] + 0.5) / sources[name].weight)
-        text = next((text for text in streams[name] if never_held_out(split.key(text))), None)
+        text = next((text for text in streams[name] if never_held_out(key(text))), None)
         if text is None:
             del streams[name]
         else:

@@ -8,6 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, PreTrainedModel, StaticCache
 
 from conf.models import package_gguf, unpack_gguf
+from conf.schema import Config, DataConfig, ModelConfig, SourceConfig, SourceKind
+from data.chats import as_text, chat_tokens
+from data.converse import Speaker
 from eval.perplexity import perplexity
 from mha2mla import ConversionOptions, Statistics, basis, cache_bytes, collect_statistics, convert, reconstruct
 from mha2mla.compare import compare
@@ -159,3 +162,32 @@ def test_compiled_decode_over_a_static_cache(original: PreTrainedModel, windows:
             converted(windows[:1, :32], past_key_values=cache, use_cache=True)
             results.append(model(windows[:1, 32:33], past_key_values=cache, use_cache=True).logits)
     assert relative(results[1], results[0]) < 1e-4
+
+
+def test_it_converses_with_itself(original: PreTrainedModel, folder: Path) -> None:
+    """Its answers are to its own questions: far likelier after them than after other ones."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sources = {
+        "text": SourceConfig(kind=SourceKind.builtin, name="prose"),
+        "own": SourceConfig(kind=SourceKind.generated),
+    }
+    config = Config(model=ModelConfig(path=str(folder)), data=DataConfig(sources=sources, sequence_length=128))
+    speaker = Speaker(original, tokenizer, config)
+    assert speaker.opening.endswith("<|im_start|>user\n")
+    chats = speaker.conversations(0)
+    assert len(chats) > 18 and 0 < sum(chat[1].get("unfinished", False) for chat in chats) < len(chats)
+    ends = [chat_tokens(tokenizer, as_text(chat))[-1] == tokenizer.eos_token_id for chat in chats]
+    assert not any(end and chat[1].get("unfinished") for end, chat in zip(ends, chats, strict=True))
+
+    def loss(question: dict[str, str], answer: dict[str, str]) -> float:
+        asked = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
+        said = tokenizer(answer["content"]).input_ids
+        ids = torch.tensor([asked + said])
+        return original(ids, labels=torch.where(torch.arange(ids.shape[1]) < len(asked), -100, ids)).loss.item()
+
+    with torch.no_grad():
+        own = [loss(*chat) for chat in chats]
+        others = [
+            loss(question, answer) for (question, _), (_, answer) in zip(chats, chats[1:] + chats[:1], strict=True)
+        ]
+    assert sum(own) < 0.8 * sum(others)
