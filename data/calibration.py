@@ -8,7 +8,8 @@ under no configuration, `heldout_batches` only such as are held out under this o
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ from data.chats import is_chat
 from data.documents import MOST_HELD_OUT, VALIDATION, Split, unit
 from data.sources import Part, list_parts, read_texts, written_sources
 from data.workers import encode, end_of
+
+Item = TypeVar("Item")
 
 CHARACTERS_PER_TOKEN = 8  # more than enough text for one sequence is cut out before tokenising
 SPREAD = 8  # files read side by side
@@ -61,7 +64,7 @@ def heldout_batches(
     return batches(
         config,
         tokenizer,
-        plain_sources(config),
+        given_sources(config),
         lambda key: split.place(key)[0] == VALIDATION,
         split,
         "held-out data",
@@ -72,21 +75,14 @@ def heldout_batches(
 
 
 def training_texts(config: Config) -> Iterator[str]:
-    """Texts of the sources that are not generated, by weight, none of which is held out under any configuration."""
-    key, sources = Split(config.data.seed, 0.0).key, plain_sources(config)
+    """Plain texts of the sources, by weight, none of which is held out under any configuration."""
+    key = Split(config.data.seed, 0.0).key
+    sources = {name: source for name, source in given_sources(config).items() if not source.messages_column}
     streams = {name: alternate(list_parts(name, source, config.data.seed)) for name, source in sources.items()}
-    given = dict.fromkeys(streams, 0)
-    while streams:
-        name = min(streams, key=lambda name: (given[name] + 0.5) / sources[name].weight)
-        text = next((text for text in streams[name] if never_held_out(key(text))), None)
-        if text is None:
-            del streams[name]
-        else:
-            given[name] += 1
-            yield text
+    return (text for text in by_weight(streams, sources) if never_held_out(key(text)))
 
 
-def plain_sources(config: Config) -> dict[str, SourceConfig]:
+def given_sources(config: Config) -> dict[str, SourceConfig]:
     return {name: source for name, source in config.data.sources.items() if source.kind is not SourceKind.generated}
 
 
@@ -98,7 +94,7 @@ def never_held_out(key: bytes) -> bool:
 def batches(
     config: Config,
     tokenizer: Any,
-    given_sources: dict[str, SourceConfig],
+    sources: dict[str, SourceConfig],
     wanted: Callable[[bytes], bool],
     split: Split,
     what: str,
@@ -109,21 +105,11 @@ def batches(
     """Rows of documents whose hash is `wanted`, drawn from the sources in proportion to their weights."""
     end = end_of(tokenizer, config.data.document_end)
     count = -(-tokens // length)
-    sources = {
+    streams = {
         name: rows(alternate(list_parts(name, source, config.data.seed)), tokenizer, wanted, split, length, end)
-        for name, source in given_sources.items()
+        for name, source in sources.items()
     }
-    given = dict.fromkeys(sources, 0)
-    found: list[list[int]] = []
-    while len(found) < count and sources:
-        # The source that is furthest behind its share is next; one that has no more is left out.
-        name = min(sources, key=lambda name: (given[name] + 0.5) / given_sources[name].weight)
-        row = next(sources[name], None)
-        if row is None:
-            del sources[name]
-        else:
-            given[name] += 1
-            found.append(row)
+    found = list(islice(by_weight(streams, sources), count))
     if len(found) < count:
         raise ValueError(
             f"too little {what}: {len(found)} sequences of {length} tokens found, {count} wanted; "
@@ -131,6 +117,19 @@ def batches(
         )
     ids = torch.tensor(found, dtype=torch.int64)
     return iter(ids.split(batch_size))
+
+
+def by_weight(streams: dict[str, Iterator[Item]], sources: dict[str, SourceConfig]) -> Iterator[Item]:
+    """Items of all streams: the source that is furthest behind its share is next, one that has no more is left out."""
+    open_streams, given = dict(streams), dict.fromkeys(streams, 0)
+    while open_streams:
+        name = min(open_streams, key=lambda name: (given[name] + 0.5) / sources[name].weight)
+        item = next(open_streams[name], None)
+        if item is None:
+            del open_streams[name]
+        else:
+            given[name] += 1
+            yield item
 
 
 def alternate(parts: list[Part]) -> Iterator[str]:

@@ -172,8 +172,13 @@ def opening(tokenizer: Any) -> str:
 
 
 def endless(config: Config) -> Iterator[str]:
-    while True:
-        yield from training_texts(config)
+    """Texts to ask about, over and over; none where all other sources are conversations themselves."""
+    found = True
+    while found:
+        found = False
+        for text in training_texts(config):
+            found = True
+            yield text
 
 
 def write_chats(file: Path, chats: list[Messages]) -> None:

@@ -154,3 +154,14 @@ def test_what_cannot_be_generated(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no source of kind=generated among data.sources"):
         converse(make_config(tmp_path, {"plain": plain}))
     assert np.isclose(converse_module.generated_share(config), 0.5)
+
+
+def test_only_conversations_beside_it_give_no_passages(tmp_path: Path) -> None:
+    """Nothing to ask about: all of it is free, and nothing waits for texts that never come."""
+    config = chat_model(tmp_path)
+    rows = [{"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": text}]} for text in WORDS]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.data.sources["plain"] = local(tmp_path / "talk.jsonl", messages_column="messages")
+    converse(config)
+    asked = [chat[0]["content"] for name in files(config) for chat in read_chats(Plan(config).converse.folder / name)]
+    assert asked and not any(request in text for text in asked for request in converse_module.REQUESTS)
