@@ -12,6 +12,7 @@ import io
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -123,7 +124,7 @@ def unpack_gguf(file: Path, target: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     folder, name = str(file.parent), file.name
     with contextlib.redirect_stderr(io.StringIO()):  # a bar of two seconds that no setting turns off
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     # transformers marks the result as quantised and then refuses to save it; the weights are plain by now.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None

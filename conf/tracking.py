@@ -50,7 +50,7 @@ def open_run(config: Config, stage: Stage, settings: dict[str, Any]) -> Iterator
         project=config.tracking.project,
         entity=config.tracking.entity,
         dir=str(stage.folder),
-        mode=mode,
+        mode=mode,  # type: ignore[arg-type]  # one of its words
         id=f"{stage.name}-{stage.key}",
         resume="allow" if mode == "online" else None,
         name=f"{config.model.name}/{config.name}/{stage.name}",

@@ -66,8 +66,8 @@ def converse(config: Config) -> None:
     wanted = int(MORE * generated_share(config) * train_tokens(config))
     with stage.run(resumable=True, force=config.force):
         dtype = torch_dtype(Dtype.native, device == "cpu", stored="auto")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision).to(device).eval()
-        speaker = Speaker(model, tokenizer, config)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision)
+        speaker = Speaker(model.to(device).eval(), tokenizer, config)
         progress, tokens, files = Progress("converse", wanted, "tokens"), 0, 0
         while tokens < wanted:
             file = stage.folder / f"conversations-{files:05d}.jsonl"

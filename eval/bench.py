@@ -12,6 +12,7 @@ alone, read once a step, are of the bytes that a plain copy moves in that time.
 """
 
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -58,7 +59,8 @@ def measure(config: Config) -> dict[str, Any]:
             raise ValueError(f"bench.{name}=true needs a GPU; torch uses none here (launch.device)")
     dtype = torch_dtype(bench.dtype, not on_gpu, stored="auto")
     device = torch.device("cuda" if on_gpu else "cpu")
-    original = AutoModelForCausalLM.from_pretrained(local_model(config), dtype=dtype).to(device).eval()
+    original: Any = AutoModelForCausalLM.from_pretrained(local_model(config), dtype=dtype)
+    original.to(device).eval()
     # Any text will do: how fast a step is does not depend on what the weights are.
     calibration = collect_statistics(original, [torch.arange(64)[None]])
     made: list[Any] = []
@@ -126,17 +128,17 @@ def limit(bench: BenchConfig, context: int) -> int:
 def point(
     variants: list[Variant], bench: BenchConfig, context: int, batch: int, bandwidth: float, bar: Any
 ) -> dict[str, Any]:
-    """All variants at one context and batch; None for one that does not fit into the GPU's memory."""
+    """All variants at one context and batch; None for one that failed, for lack of memory or otherwise."""
     running: dict[str, Decoding | None] = {}
     torch.compiler.reset()  # every size has graphs of its own, of which only so many are kept
     for variant in variants:
         start = partial(Decoding, variant, batch, context, limit(bench, context), bench.prefill)
-        running[variant.name] = fitting(start)
+        running[variant.name] = attempt(variant.name, start)
     for turn in range(bench.rounds + 1):
         for name, each in running.items():
             step = partial(each.steps, bench.steps, weigh=not turn) if each else None
-            took = fitting(step) if step else None
-            if each and took is None:
+            took = attempt(name, step) if step else None
+            if took is None:
                 running[name] = None
             elif each and turn:  # the first turn warms up
                 each.seconds.append(took)
@@ -149,13 +151,17 @@ def point(
     return rows
 
 
-def fitting(work: Callable[[], Any]) -> Any:
-    """What `work` returns, or None where memory does not last for it."""
+def attempt(name: str, work: Callable[[], Any]) -> Any:
+    """What `work` returns; None, and a line that says why, where it fails: the others need not be lost with it."""
     try:
         return work()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # memory, kernels and compilers all raise kinds of it
+        lacks_memory = isinstance(error, torch.OutOfMemoryError)
+        reason = "out of memory" if lacks_memory else f"{type(error).__name__}: {str(error).strip()[:300]}"
+        tqdm.write(f"bench: {name}: {reason}", file=sys.stderr)
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        return None
+    return None
 
 
 def row(each: Decoding, original: Decoding | None, bandwidth: float) -> dict[str, Any]:
@@ -182,7 +188,7 @@ def show(result: dict[str, Any]) -> None:
         for heading in ("", "first token", "tokens/s", "speed", "cache MiB", "cache", "GiB"):
             table.add_column(heading, justify="right" if heading else "left")
         for name, found in place["variants"].items():
-            table.add_row(name, *(cells(found) if found else ["out of memory"]))
+            table.add_row(name, *(cells(found) if found else ["failed"]))
         Console(width=80).print(table)
     for context, batches in result.get("largest_batch", {}).items():
         print(f"largest batch at {context:,} tokens: " + ", ".join(f"{name} {size}" for name, size in batches.items()))

@@ -178,7 +178,8 @@ def main() -> None:
     rows = {}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for name, folder in models.items():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         found = {task: benchmarks.score(task, model, tokenizer, options.batch_size) for task in benchmarks.tasks}
         rows[name] = found | {"average": average(list(found.values()))}

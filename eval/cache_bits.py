@@ -186,7 +186,8 @@ def main() -> None:
         parser.exit(1, f"error: no checkpoint in {options.model}\n")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch_dtype(Dtype.native, device == "cpu")
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    model.to(device).eval()
     if not hasattr(model.config, "kv_lora_rank"):
         parser.exit(1, f"error: {options.model} is not a converted model: it has no latent to keep in few bits\n")
     tokenizer = AutoTokenizer.from_pretrained(options.model)

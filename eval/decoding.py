@@ -93,11 +93,11 @@ class Decoding:
             else:
                 geometry = geometry_of(config)
                 shapes = [(geometry.num_kv_heads, geometry.head_dim)] * 2
-            states = [
+            first, second = (
                 torch.randn(self.batch, heads, context, size, device=variant.device, dtype=variant.dtype)
                 for heads, size in shapes
-            ]
-            self.cache.update(*states, layer)
+            )
+            self.cache.update(first, second, layer)
 
     @torch.inference_mode()
     def steps(self, count: int, weigh: bool = False) -> float:

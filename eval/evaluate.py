@@ -56,7 +56,7 @@ def score_stage(
     cache_bits: Iterable[int] = (),
 ) -> None:
     """Score each of `models` (name → path), and the last of them with its cache in few bits; seal the stage."""
-    variants = [(name, path, None) for name, path in models.items()]
+    variants: list[tuple[str, str, int | None]] = [(name, path, None) for name, path in models.items()]
     variants += [(CODED.format(name, bits), path, bits) for name, path, _ in variants[-1:] for bits in cache_bits]
     size = config.eval.batch_size
     with stage.run(resumable=True, force=config.force):

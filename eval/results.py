@@ -59,10 +59,10 @@ def drop(original: float | None, score: float | None) -> dict[str, float | None]
 
 def drop_bounds(original: Scores, other: Scores, names: list[str]) -> list[float] | None:
     """Interval of the mean drop over these tasks; None for scores of a version that kept no rows."""
-    rows = [[scores["tasks"][name].get("row_scores") for name in names] for scores in (original, other)]
-    if any(scores is None for model in rows for scores in model):
+    first, second = ([model["tasks"][name].get("row_scores") for name in names] for model in (original, other))
+    if None in first + second:
         return None
-    return drop_interval(*rows)
+    return drop_interval(first, second)
 
 
 def reduction(original: dict[str, Any], other: dict[str, Any]) -> float | None:

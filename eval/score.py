@@ -62,9 +62,9 @@ def score_model(
             for each, file in open_tasks:
                 outputs = file.with_suffix(".jsonl")
                 write_json(file, score_task(model, each, inputs, outputs, batch_size, progress, new_cache))
-        for each, file in open_benchmarks:
+        for benchmark, file in open_benchmarks:
             assert suite is not None
-            write_json(file, score_benchmark(name, model, suite, each, inputs.tokenizer, batch_size))
+            write_json(file, score_benchmark(name, model, suite, benchmark, inputs.tokenizer, batch_size))
         del model
         gc.collect()
         if device == "cuda":
@@ -92,7 +92,7 @@ def is_done(file: Path, digest: str, version: str | None = None) -> bool:
 
 def load_model(path: str, revision: str | None, dtype: torch.dtype, device: str) -> Any:
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision)
     return model.to(device).eval()
 
 

@@ -133,7 +133,7 @@ def send(run: Any, results: list[dict[str, Any]], picture: Path, failed: dict[st
         + [result["score_drop"][model]["points"] for model in MODELS[1:]]
         for result in results
     ]
-    table = wandb.Table(columns=columns, data=data)
+    table = wandb.Table(columns=[*columns], data=data)
     run.log({"points": table, "reduction_vs_drop": wandb.Image(str(picture)), "failed_points": len(failed)})
 
 
@@ -184,7 +184,8 @@ def sweep_run(results: list[dict[str, Any]], folder: Path) -> AbstractContextMan
     """A W&B run for the sweep, with the tracking settings of its points."""
     # No more than is needed: other settings may be of an older form.
     kept = {key: results[0]["config"][key] for key in ("model", "tracking", "output_dir")}
-    config = typed_config(OmegaConf.merge(OmegaConf.structured(Config), kept))
+    merged: Any = OmegaConf.merge(OmegaConf.structured(Config), kept)
+    config = typed_config(merged)
     config.name = "sweep"
     stage = Stage("sweep", folder, {}, {result["point"]: result["date"] for result in results})
     return open_run(config, stage, {"points": [result["point"] for result in results]})

@@ -112,7 +112,7 @@ def train(config: Config, folder: str, name: str) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     config.finetune.loss, config.finetune.torch_compile = name.split(",")[0], name == COMPILED
     accelerator = start(config.finetune, config.launch)
-    model = trainable_model(Path(folder), config.finetune)
+    model: Any = trainable_model(Path(folder), config.finetune)
     batch = random_batch(config, model, accelerator.device)
     if config.finetune.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -68,7 +68,7 @@ def load_pretrained(config: Config) -> Any:
     """The original model on the device that conversion runs on."""
     device = pick_device(config.launch.device)
     dtype = torch_dtype(config.model.dtype, device == "cpu", stored="auto")
-    model = load_model(local_model(config), dtype, "get that checkpoint again", revision=config.model.revision)
+    model: Any = load_model(local_model(config), dtype, "get that checkpoint again", revision=config.model.revision)
     return model.to(device).eval()
 
 

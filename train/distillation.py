@@ -13,6 +13,7 @@ Shapes: B sequences, T tokens, N = B * T rows, n of them in a chunk, V vocabular
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,8 @@ def logits_and_hidden_states(config: FinetuneConfig, teacher: nn.Module | None) 
 
 
 @torch.no_grad()
-def ask(teacher: nn.Module | None, batch: Batch, **options: bool) -> tuple[LogitsOf, tuple[Tensor, ...]]:
+def ask(teacher: Any, batch: Batch, **options: bool) -> tuple[LogitsOf, tuple[Tensor, ...]]:
     """The teacher's logits by rows, and the hidden states [B, T, D] that `options` ask for."""
-    assert teacher is not None
     if ends_with_head(teacher):
         output = forward(teacher.base_model, batch, **options)
         states, head = output.last_hidden_state.flatten(0, 1), teacher.get_output_embeddings()

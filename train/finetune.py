@@ -80,7 +80,7 @@ def finetune(
 
     # Model and data. The same seed everywhere: new weights (LoRA) must start alike on all processes.
     set_seed(config.seed)
-    model = trainable_model(model_dir, config)
+    model: Any = trainable_model(model_dir, config)
     if teacher is not None:
         check_teacher(teacher, model, config.loss)
     vocab_size = model.get_input_embeddings().weight.shape[0]
@@ -253,9 +253,10 @@ def validation_loss(
 
 def text_rows(config: Config, model_dir: Path) -> TextRows | None:
     """The text that evaluation will measure, for a curve of it over the training; None if there is none."""
-    if not config.eval.perplexity_text:
+    settings = config.eval
+    if not settings.perplexity_text:
         return None
-    settings, tokenizer = config.eval, AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
     file = Path(settings.perplexity_text).expanduser()
     windows = text_windows(tokenizer, file, settings.perplexity_sequence_length, settings.perplexity_tokens)
     return TextRows(file.stem, torch.stack(windows))

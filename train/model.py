@@ -24,10 +24,9 @@ def load_model(
     folder: Path | str, dtype: torch.dtype | str, remedy: str = AGAIN, revision: str | None = None
 ) -> PreTrainedModel:
     """A checkpoint (folder or hub id), refused if any weight is missing or the file is cut short."""
+    load: Any = AutoModelForCausalLM.from_pretrained  # with its report, or without
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, revision=revision or "main", output_loading_info=True
-        )
+        model, found = load(folder, dtype=dtype, revision=revision or "main", output_loading_info=True)
     except Exception as error:
         raise ValueError(f"{folder} holds no whole checkpoint ({type(error).__name__}: {error}); {remedy}") from error
     if found["missing_keys"]:
@@ -82,7 +81,7 @@ def save_model(accelerator: Accelerator, model: nn.Module, source: Path, output:
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}  # torch.compile's wrapper
     if accelerator.is_main_process:
         if config.trainable is Trainable.lora:
-            adapted = trainable_model(source, config)
+            adapted: Any = trainable_model(source, config)
             adapted.load_state_dict(state)
             state = adapted.merge_and_unload().state_dict()
         healed = load_model(source, "auto")

@@ -75,7 +75,8 @@ def wait_for(stage: Stage, seconds: float = 5.0) -> None:
 
 
 def run_stage(stage: Stage, config: Config, module: str, overrides: list[str]) -> None:
-    command, environment = [sys.executable, "-m", module, *overrides], {}
+    command = [sys.executable, "-m", module, *overrides]
+    environment: dict[str, str] = {}
     if stage.name == "finetune":
         from train.launch import launch_command
 

@@ -63,6 +63,7 @@ def stored_teacher(
 
 
 def write(folder: Path, rows: PackedRows, config: FinetuneConfig, teacher: nn.Module, accelerator: Accelerator) -> None:
+    assert config.teacher_top_k
     shape = (len(rows), rows.length, config.teacher_top_k)
     tokens = numpy.lib.format.open_memmap(folder / "tokens.npy", "w+", "uint32", shape)
     found = numpy.lib.format.open_memmap(folder / "log_probabilities.npy", "w+", "float32", shape)

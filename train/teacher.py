@@ -4,6 +4,8 @@ It is not handed to Accelerate: nothing of it trains, so there is nothing to wra
 the whole of it.
 """
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -44,5 +46,5 @@ def check_teacher(teacher: nn.Module, student: nn.Module, loss: str) -> None:
             )
 
 
-def vocabulary(model: nn.Module) -> int:
+def vocabulary(model: Any) -> int:
     return model.get_input_embeddings().weight.shape[0]

@@ -8,6 +8,7 @@ import torch
 
 from conf.memory import held_bytes, peak_bytes, reset_peak
 from eval.bench import run
+from eval.decoding import Decoding
 from tests.train.tiny import composed, overrides, write_model
 
 SIZES = ["mla.rope_dim=8", "mla.kv_lora_rank=10", "launch.device=cpu", "bench.dtype=float32"]
@@ -32,6 +33,26 @@ def test_every_variant_against_the_original(tmp_path: Path, capsys, prefill: boo
     assert all((row["first_token_seconds"] is not None) == prefill for row in rows.values())
     assert (tmp_path / "outputs" / "pretrained" / "bench.png").stat().st_size > 10_000
     assert max(len(line) for line in capsys.readouterr().out.splitlines()[:-1]) <= 80
+
+
+def test_a_variant_that_fails_leaves_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Decoding.steps
+
+    def failing(self: Decoding, count: int, weigh: bool = False) -> float:
+        if self.variant.name == "absorbed":
+            raise RuntimeError("no kernel for this")
+        return steps(self, count, weigh)
+
+    monkeypatch.setattr(Decoding, "steps", failing)
+    write_model(tmp_path / "pretrained")
+    run.__wrapped__(composed([*overrides(tmp_path), *SIZES, *BENCH]))
+    rows = json.loads((tmp_path / "outputs" / "pretrained" / "bench.json").read_text())["grid"][0]["variants"]
+    assert rows["absorbed"] is None and rows["expanded"]["speed_against_original"] > 0
+    shown = capsys.readouterr()
+    assert "bench: absorbed: RuntimeError: no kernel for this" in shown.err and "failed" in shown.out
+    assert (tmp_path / "outputs" / "pretrained" / "bench.png").stat().st_size > 10_000
 
 
 def test_what_needs_a_gpu_is_refused_without_one(tmp_path: Path) -> None:
