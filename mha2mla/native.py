@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from mha2mla.engines import cache_obstacles, refuse_half, whole_query
+
 EPS = 1e-6  # of DeepSeek's norm on the latent, whatever rms_norm_eps says; so all norms get it
 SHRINK = 2.0**-20  # of latents: their mean square then lies far below EPS
 GROW = 2.0**10  # the norm's weight: a power of two near sqrt(EPS) / SHRINK, which bfloat16 holds exactly
@@ -27,26 +29,16 @@ MORE = {
 
 def obstacles(config: Any) -> list[str]:
     """What keeps a converted model's configuration from being said as DeepSeek-V3's; empty if nothing does."""
-    found = []
-    if config.key_scales:
-        found.append("norms on queries and keys, whose scales a native cache has no place for")
-    elif config.model_type not in PLAIN:
+    found = cache_obstacles(config)
+    if not config.key_scales and config.model_type not in PLAIN:
         found.append(f"{MORE.get(config.model_type, 'layers of another form')}, which DeepSeek-V3's layers have not")
     if config.q_proj_bias or config.kv_a_proj_bias or config.o_proj_bias:
         found.append("biases in the attention, which engines leave out without a word")
     if getattr(config, "mlp_bias", False):
         found.append("biases in the feed-forward layers")
-    if config.num_rope_heads != 1:
-        found.append("a rotated key for every key head; convert with rope_basis=principal, partial_rope=evenly-spaced")
     rope = config.rope_parameters.get("rope_type", "default")
     if rope != "default":
         found.append(f"rope_type={rope}, which engines read as another scaling")
-    if getattr(config, "sliding_window", None):
-        found.append("a sliding window")
-    if config.layer_kv_lora_rank is not None:
-        found.append("latents of different sizes; convert with rank_allocation=uniform")
-    if config.latent_layers is not None:
-        found.append("layers without latent attention; convert with layers=all")
     return found
 
 
@@ -70,10 +62,7 @@ def to_deepseek(model: Any) -> DeepseekV3ForCausalLM:
     Raises ValueError with everything that layout cannot say.
     """
     config = model.config
-    if model.dtype == torch.float16:
-        raise ValueError(
-            "no native export in float16: the latents' norm is made harmless by numbers it has not; use bfloat16"
-        )
+    refuse_half(model, "native export")
     if found := obstacles(config):
         raise ValueError(f"no native export of this {config.model_type} model: it has " + "; ".join(found))
     size = config.rotary_dim or config.head_dim
@@ -150,11 +139,8 @@ def attention_state(attention: Any, branch: float) -> dict[str, torch.Tensor]:
     """One layer's attention under DeepSeek's names; computed in float32."""
     heads, groups = attention.num_heads, attention.num_key_value_heads
     nope, rank = attention.qk_nope_head_dim, attention.kv_lora_rank
-    if hasattr(attention, "q_proj"):
-        query = attention.q_proj.weight.float()
-    else:
-        query = attention.q_b_proj.weight.float() @ attention.q_a_proj.weight.float()
-    query = query.view(heads, attention.qk_head_dim, -1) * (attention.scaling * attention.qk_head_dim**0.5)
+    query = whole_query(attention).view(heads, attention.qk_head_dim, -1)
+    query = query * (attention.scaling * attention.qk_head_dim**0.5)
     order = torch.argsort(attention.rope_pair_index[0])
     latent, rotated = attention.kv_a_proj_with_mqa.weight.float().split([rank, attention.rope_dim])
     up = attention.kv_b_proj.weight.float().view(groups, -1, rank).repeat_interleave(heads // groups, 0)

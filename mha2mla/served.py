@@ -6,27 +6,16 @@ from typing import Any
 
 import torch
 
+from mha2mla.engines import cache_obstacles, refuse_half, whole_query
 from mha2mla.families import attention_layers
 from mha2mla.modeling.attention_served_mla import SHRINK
 
 
 def obstacles(config: Any) -> list[str]:
     """What keeps a converted model's configuration from that form; empty if nothing does."""
-    found = []
-    if config.key_scales:
-        found.append("norms on queries and keys, whose scales an engine's cache has no place for")
-    if config.num_rope_heads != 1:
-        found.append(
-            "a rotated key for every key head; convert with rope_basis=principal or partial_rope=rotation-cost"
-        )
+    found = cache_obstacles(config)
     if getattr(config, "attn_logit_softcapping", None):
         found.append("caps on scores, which latent kernels do not have")
-    if getattr(config, "sliding_window", None):
-        found.append("a sliding window, which latent kernels do not have")
-    if config.layer_kv_lora_rank is not None:
-        found.append("latents of different sizes, of which an engine's cache knows one; use rank_allocation=uniform")
-    if config.latent_layers is not None:
-        found.append("layers without latent attention; convert with layers=all")
     if config.model_type == "gpt_neox_mla":
         found.append("layers that hand on their cache by another name (GPT-NeoX)")
     return found
@@ -38,10 +27,7 @@ def to_served(model: Any) -> Any:
 
     Raises ValueError with everything that form cannot say.
     """
-    if model.dtype == torch.float16:
-        raise ValueError(
-            "no serving form in float16: the latents' norm is made harmless by numbers it has not; use bfloat16"
-        )
+    refuse_half(model, "serving form")
     if found := obstacles(model.config):
         raise ValueError(f"no serving form of this {model.config.model_type} model: it has " + "; ".join(found))
     config = copy.deepcopy(model.config)
@@ -64,8 +50,8 @@ def attention_state(attention: Any) -> dict[str, torch.Tensor]:
     heads, groups, rank = attention.num_heads, attention.num_key_value_heads, attention.kv_lora_rank
     state = dict(attention.state_dict())
     if "q_a_proj.weight" in state:
-        down, up = state.pop("q_a_proj.weight"), state.pop("q_b_proj.weight")
-        state["q_proj.weight"] = (up.float() @ down.float()).to(up.dtype)
+        state["q_proj.weight"] = whole_query(attention).to(state.pop("q_b_proj.weight").dtype)
+        del state["q_a_proj.weight"]
         if "q_b_proj.bias" in state:
             state["q_proj.bias"] = state.pop("q_b_proj.bias")
     for name in ("kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias"):
