@@ -20,6 +20,9 @@ from conf.models import data_folder, model_fingerprint, teacher_config
 from conf.schema import DISTILLATION, Config, DataConfig, ExportStage, SourceKind
 from conf.stage import Stage, fingerprint, write_json
 
+# What conversations depend on of `data`.
+CONVERSED = ("sources", "tokens", "fraction", "sequence_length", "seed")
+
 
 def plain(value: Any) -> Any:
     """Dataclasses and enums as what YAML and JSON hold."""
@@ -47,7 +50,7 @@ class Plan:
         self.converse = Stage(
             "converse",
             self.model_dir / f"conversations-{config.data.name}",
-            shown | {"data": without(plain(config.data), "num_workers", "shard_tokens", "document_end")},
+            shown | {"data": {name: plain(getattr(config.data, name)) for name in CONVERSED}},
             model | data_fingerprints(config.data),
         )
         text = data_fingerprints(config.data) | ({"converse": self.converse.key} if self.converses else {})

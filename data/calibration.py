@@ -41,7 +41,7 @@ def calibration_batches(
     return batches(
         config,
         tokenizer,
-        written_sources(config),
+        written_sources(config, tokenizer),
         never_held_out,
         split,
         "data for calibration",

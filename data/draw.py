@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config, SourceConfig, SourceKind
-from data.chats import is_chat, require_template
+from data.chats import is_chat
 from data.documents import TRAIN, VALIDATION, Split, train_tokens, whole_sequences
 from data.progress import Progress
 from data.runs import RunWriter, merge
@@ -59,9 +59,7 @@ def open_sources(config: Config, tokenizer: Any) -> list[Source]:
             "for a weighted mixture, or data=builtin or data=smollm"
         )
     sources = []
-    for name, source in written_sources(config).items():
-        if source.messages_column:
-            require_template(tokenizer, f"data.sources.{name}.messages_column={source.messages_column}")
+    for name, source in written_sources(config, tokenizer).items():
         parts = list_parts(name, source, config.data.seed)
         texts = islice(chain.from_iterable(map(read_texts, parts)), SAMPLE_DOCUMENTS)
         sample = [text if is_chat(text) else text[:SAMPLE_CHARACTERS] for text in texts]

@@ -23,7 +23,7 @@ import pyarrow as pa
 from conf.plan import Plan
 from conf.schema import Config, SourceConfig, SourceKind
 from data import builtin
-from data.chats import as_text, checked
+from data.chats import as_text, checked, require_template
 from data.documents import name_rank
 
 FORMATS = {
@@ -48,8 +48,12 @@ class Part:
     size: int | None
 
 
-def written_sources(config: Config) -> dict[str, SourceConfig]:
-    """The sources of a configuration, a generated one as the files that hold it; FileNotFoundError before they do."""
+def written_sources(config: Config, tokenizer: Any) -> dict[str, SourceConfig]:
+    """The sources of a configuration, a generated one as the files that hold it; FileNotFoundError before they do,
+    ValueError for conversations that the tokenizer cannot write."""
+    for name, source in config.data.sources.items():
+        if source.messages_column or source.kind is SourceKind.generated:
+            require_template(tokenizer, f"data.sources.{name}")
     return {
         name: as_files(config, source) if source.kind is SourceKind.generated else source
         for name, source in config.data.sources.items()
@@ -59,7 +63,7 @@ def written_sources(config: Config) -> dict[str, SourceConfig]:
 def as_files(config: Config, source: SourceConfig) -> SourceConfig:
     stage = Plan(config).converse
     stage.require_finished()
-    files = [str(stage.folder / "*.jsonl")]
+    files = [os.path.join(escape(str(stage.folder)), "*.jsonl")]
     return SourceConfig(weight=source.weight, data_files=files, messages_column="messages")
 
 

@@ -1,7 +1,8 @@
 """Taking: documents by lowest rank until each source's share of the tokens is met, exactly.
 
 Sources are walked together in the order of hashes, so that copies of a text meet, within a source or between
-two, and are taken once. The last document of a source is cut (and ended) so that its share is met to the token.
+two, and are taken once. The last document of a source is cut so that its share is met to the
+token, and ended, if it is no conversation.
 """
 
 from collections import deque
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from data.chats import is_chat
 from data.documents import shuffled_key
 from data.progress import Progress
 from data.runs import Record, RunWriter
@@ -62,12 +64,12 @@ def take(
             yield [payload.decode() for _, _, payload in batch]
 
     for rows in workers.tokenise(batches()):
-        for (key, sources, _), tokens in zip(groups.popleft(), rows, strict=True):
+        for (key, sources, payload), tokens in zip(groups.popleft(), rows, strict=True):
             # Batches run ahead of this count; a source that is full by now takes nothing.
             source = next(filter(wanting, sources), None)
             if source is not None and len(tokens):
                 kept = tokens[: wants[source] - taken[source].tokens]
-                if workers.end is not None:
+                if workers.end is not None and not is_chat(payload.decode()):
                     kept[-1] = workers.end  # where it was cut too
                 writer.add(Record(shuffled_key(key), source, kept.tobytes()))
                 taken[source].tokens += len(kept)

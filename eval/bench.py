@@ -26,7 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from conf.errors import stage_main
+from conf.errors import StageError, stage_main
 from conf.evaluation import BenchConfig
 from conf.models import local_model
 from conf.plan import plain, write_result
@@ -47,6 +47,7 @@ from mha2mla import (
 from mha2mla.memory import hand_back
 
 GIB = 2**30
+OUT_OF_MEMORY = "out of memory"
 CUDA_ONLY = ("compile", "largest_batch")
 
 
@@ -128,40 +129,41 @@ def limit(bench: BenchConfig, context: int) -> int:
 def point(
     variants: list[Variant], bench: BenchConfig, context: int, batch: int, bandwidth: float, bar: Any
 ) -> dict[str, Any]:
-    """All variants at one context and batch; None for one that failed, for lack of memory or otherwise."""
-    running: dict[str, Decoding | None] = {}
+    """All variants at one context and batch, one that failed as {"failed": why}."""
+    running: dict[str, Decoding] = {}
+    failed: dict[str, dict[str, str]] = {}
+
+    def attempt(name: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns; None where it fails: the other variants need not be lost with it."""
+        try:
+            return work()
+        except RuntimeError as error:  # memory, kernels and compilers all raise kinds of it
+            lacks_memory = isinstance(error, torch.OutOfMemoryError)
+            reason = OUT_OF_MEMORY if lacks_memory else f"{type(error).__name__}: {str(error).strip()[:300]}"
+            tqdm.write(f"bench: {name}: {reason}", file=sys.stderr)
+            failed[name] = {"failed": reason}
+            running.pop(name, None)
+        hand_back(variants[0].device)
+        return None
+
     torch.compiler.reset()  # every size has graphs of its own, of which only so many are kept
     for variant in variants:
         start = partial(Decoding, variant, batch, context, limit(bench, context), bench.prefill)
-        running[variant.name] = attempt(variant.name, start)
+        started = attempt(variant.name, start)
+        if started:
+            running[variant.name] = started
     for turn in range(bench.rounds + 1):
-        for name, each in running.items():
-            step = partial(each.steps, bench.steps, weigh=not turn) if each else None
-            took = attempt(name, step) if step else None
-            if took is None:
-                running[name] = None
-            elif each and turn:  # the first turn warms up
+        for name, each in list(running.items()):
+            took = attempt(name, partial(each.steps, bench.steps, weigh=not turn))
+            if turn and took is not None:  # the first turn warms up
                 each.seconds.append(took)
         bar.update()
-    original = running["original"]
-    rows = {name: row(each, original, bandwidth) if each else None for name, each in running.items()}
+    original = running.get("original")
+    rows = failed | {name: row(each, original, bandwidth) for name, each in running.items()}
     running.clear()
     del original
     hand_back(variants[0].device)
-    return rows
-
-
-def attempt(name: str, work: Callable[[], Any]) -> Any:
-    """What `work` returns; None, and a line that says why, where it fails: the others need not be lost with it."""
-    try:
-        return work()
-    except RuntimeError as error:  # memory, kernels and compilers all raise kinds of it
-        lacks_memory = isinstance(error, torch.OutOfMemoryError)
-        reason = "out of memory" if lacks_memory else f"{type(error).__name__}: {str(error).strip()[:300]}"
-        tqdm.write(f"bench: {name}: {reason}", file=sys.stderr)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
+    return {variant.name: rows[variant.name] for variant in variants}
 
 
 def row(each: Decoding, original: Decoding | None, bandwidth: float) -> dict[str, Any]:
@@ -188,7 +190,7 @@ def show(result: dict[str, Any]) -> None:
         for heading in ("", "first token", "tokens/s", "speed", "cache MiB", "cache", "GiB"):
             table.add_column(heading, justify="right" if heading else "left")
         for name, found in place["variants"].items():
-            table.add_row(name, *(cells(found) if found else ["failed"]))
+            table.add_row(name, *([found["failed"].split(":")[0]] if "failed" in found else cells(found)))
         Console(width=80).print(table)
     for context, batches in result.get("largest_batch", {}).items():
         print(f"largest batch at {context:,} tokens: " + ", ".join(f"{name} {size}" for name, size in batches.items()))
@@ -210,8 +212,13 @@ def cells(found: dict[str, Any]) -> list[str]:
 def run(config: Config) -> None:
     result = measure(config)
     show(result)
+    rows = [row for place in result["grid"] for row in place["variants"].values()]
+    if all("failed" in row for row in rows):
+        raise StageError("every variant failed; nothing was written")
     path = write_result(config, "bench", result)
     draw_bench(result, path.with_suffix(".png"))
+    if any(row.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY for row in rows):
+        raise StageError(f"some variants failed, as said above and in {path}")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -26,7 +26,7 @@ def draw_bench(result: dict[str, Any], file: Path) -> None:
                 found = {
                     place["context"]: place["variants"][name][key] / unit
                     for place in result["grid"]
-                    if place["batch"] == batch and place["variants"].get(name)
+                    if place["batch"] == batch and key in place["variants"].get(name, {})
                 }
                 if len(contexts) == 1:
                     if found:

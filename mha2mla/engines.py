@@ -11,7 +11,10 @@ def cache_obstacles(config: Any) -> list[str]:
     if config.key_scales:
         found.append("norms on queries and keys, whose scales an engine's cache has no place for")
     if config.num_rope_heads != 1:
-        found.append("a rotated key for every key head; convert with rope_basis=principal")
+        found.append(
+            "a rotated key for every key head; convert with rope_basis=principal and partial_rope=rotation-cost, or "
+            "evenly-spaced for a native checkpoint"
+        )
     if getattr(config, "sliding_window", None):
         found.append("a sliding window, which latent kernels do not have")
     if config.layer_kv_lora_rank is not None:

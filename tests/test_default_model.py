@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausa
 
 from conf.models import package_gguf, unpack_gguf
 from conf.schema import Config, DataConfig, ModelConfig, SourceConfig, SourceKind
+from data.calibration import training_texts
 from data.chats import as_text, chat_tokens
-from data.converse import Speaker
+from data.speaker import Speaker
 from eval.perplexity import perplexity
 from mha2mla import ConversionOptions, Statistics, basis, cache_bytes, collect_statistics, convert, reconstruct
 from mha2mla.compare import compare
@@ -172,12 +173,12 @@ def test_it_converses_with_itself(original: PreTrainedModel, folder: Path) -> No
         "own": SourceConfig(kind=SourceKind.generated),
     }
     config = Config(model=ModelConfig(path=str(folder)), data=DataConfig(sources=sources, sequence_length=128))
-    speaker = Speaker(original, tokenizer, config)
+    speaker = Speaker(original, tokenizer, training_texts(config), 128, 0)
     assert speaker.opening.endswith("<|im_start|>user\n")
     chats = speaker.conversations(0)
-    assert len(chats) > 18 and 0 < sum(chat[1].get("unfinished", False) for chat in chats) < len(chats)
     ends = [chat_tokens(tokenizer, as_text(chat))[-1] == tokenizer.eos_token_id for chat in chats]
-    assert not any(end and chat[1].get("unfinished") for end, chat in zip(ends, chats, strict=True))
+    assert len(chats) > 18 and 0 < sum(ends) < len(chats)
+    assert ends == [chat[1]["ended_by"] == "<|im_end|>" for chat in chats]
 
     def loss(question: dict[str, str], answer: dict[str, str]) -> float:
         asked = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)

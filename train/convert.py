@@ -50,6 +50,9 @@ MOST = 0.7  # of free memory, that a conversion in memory may take
 
 def pretrained_config(config: Config) -> Any:
     """The original's own configuration; ValueError if it cannot be read or converted with these options."""
+    plan = Plan(config)
+    if plan.converses:  # calibration reads them
+        plan.converse.require_finished()
     source = local_model(config)
     try:
         pretrained = AutoConfig.from_pretrained(source, revision=config.model.revision)

@@ -40,6 +40,7 @@ def bench() -> str:
             f"{row['step_memory_bytes'] / 2**30:.2f}",
         ]
         for name, row in place["variants"].items()
+        if "failed" not in row
     ]
     note = (
         f"batch {place['batch']}, {place['context']:,} cached tokens, {setting['dtype']}; GiB: weights, cache and what "

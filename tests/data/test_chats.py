@@ -48,9 +48,19 @@ def texts_of(source: SourceConfig) -> list[str]:
 def test_rows_of_messages_from_json_lines_and_parquet(tmp_path: Path) -> None:
     source = write_chats(tmp_path / "a.jsonl", [chat("w3 ", "w4"), None, []])
     assert texts_of(source) == [as_text(chat("w3 ", "w4"))]
-    more = [each | {"weight": 1.0} for each in chat("w3 ", "w4")]
-    pq.write_table(pa.table({"messages": [more], "other": [1]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"messages": [chat("w3 ", "w4")], "other": [1]}), tmp_path / "b.parquet")
     assert texts_of(local(tmp_path / "b.parquet", messages_column="messages")) == texts_of(source)
+    lists = {name: [each[name] for each in chat("w3 ", "w4")] for name in ("role", "content")}
+    pq.write_table(pa.table({"messages": [lists]}), tmp_path / "c.parquet")  # as older datasets stored them
+    assert texts_of(local(tmp_path / "c.parquet", messages_column="messages")) == texts_of(source)
+
+
+def test_tools_and_thoughts_reach_the_template_and_silence_is_left_out(tmp_path: Path) -> None:
+    call = {"role": "w1", "content": None, "tool_calls": [{"function": {"name": "w7"}}]}
+    silent = {"role": "w1", "content": None}
+    source = write_chats(tmp_path / "a.jsonl", [[*chat("w3"), call], [*chat("w4"), silent]])
+    [text] = texts_of(source)
+    assert json.loads(text[1:])[1] == {"role": "w1", "tool_calls": call["tool_calls"]}
 
 
 def test_no_plain_document_is_taken_for_a_conversation(tmp_path: Path) -> None:
@@ -115,13 +125,15 @@ def test_what_cannot_hold_or_write_conversations(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a text file holds no conversations; messages_column needs JSON"):
         texts_of(local(tmp_path / "a.txt", messages_column="messages"))
     source = write_chats(tmp_path / "a.jsonl", [chat("w3", "w4")] * 50)
-    with pytest.raises(ValueError, match="data.sources.talk.messages_column=messages: .* has no chat template"):
-        sample(make_config(tmp_path, {"talk": source}))
     config = make_config(tmp_path, {"talk": source})
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    tokenizer.save_pretrained(config.model.path)
-    with pytest.raises(ValueError, match="chat template refuses a conversation .roles must alternate.: "):
-        sample(config)
+    for read in (sample, lambda config: calibration_batches(config, tokenizer)):
+        with pytest.raises(ValueError, match="data.sources.talk: .* has no chat template .*; use plain text"):
+            read(config)
+    for template, why in (("{{ raise_exception('roles alternate') }}", "roles alternate"), ("{{ 1 + 'a' }}", "int")):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(config.model.path)
+        with pytest.raises(ValueError, match=f"chat template refuses a conversation .*{why}.*leave such rows out"):
+            sample(config)
     with pytest.raises(ValueError, match="text_column and messages_column are both given"):
         SourceConfig(data_files=["a"], text_column="body", messages_column="messages").check("data.sources.a")

@@ -1,22 +1,24 @@
 """Conversations of the original with itself: made once, for training alone, and resumed to the same words."""
 
 import json
+from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from conf.plan import Plan
-from conf.schema import Config, DataConfig, SourceConfig, SourceKind
-from data import converse as converse_module
+from conf.schema import Config, DataConfig, DocumentEnd, SourceConfig, SourceKind
 from data.calibration import calibration_batches, heldout_batches
 from data.chats import as_text, chat_tokens
-from data.converse import converse, opening, read_chats
+from data.converse import converse, generated_share, read_chats
 from data.draw import open_sources
 from data.sample import sample
 from data.sources import written_sources
+from data.speaker import REQUESTS, Speaker, user_turn
 from data.workers import encode
 from tests.data.corpora import WORDS, documents, local, make_config, write_jsonl
 from tests.data.test_sample import pieces, read_rows
@@ -60,7 +62,7 @@ def test_a_sample_of_text_and_what_the_model_says(tmp_path: Path) -> None:
     assert manifest["sources"]["own"]["validation_tokens"] == 0  # validation is of real text
     ids, positions = read_rows(config, "train")
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    [source] = [each for name, each in written_sources(config).items() if name == "own"]
+    [source] = [each for name, each in written_sources(config, tokenizer).items() if name == "own"]
     said = [chat for file in files(config) for chat in read_chats(Plan(config).converse.folder / file)]
     assert source.messages_column and {len(chat) for chat in said} == {2}
     expected = {tuple(row.tolist()) for row in encode(tokenizer, [as_text(chat) for chat in said], None)}
@@ -77,19 +79,75 @@ def test_half_of_it_is_about_passages_of_the_other_sources(tmp_path: Path) -> No
     converse(config)
     plain = {text for text in (tmp_path / "a.jsonl").read_text().split('"') if " " in text}
     asked = [chat[0]["content"] for name in files(config) for chat in read_chats(Plan(config).converse.folder / name)]
-    about = [text for text in asked if any(request in text for request in converse_module.REQUESTS)]
+    about = [text for text in asked if any(request in text for request in REQUESTS)]
     assert 0.4 < len(about) / len(asked) <= 0.8  # a random model's own questions do not always come to an end
-    passages = [part for text in about for part in text.split("\n\n") if part not in converse_module.REQUESTS]
+    passages = [part for text in about for part in text.split("\n\n") if part not in REQUESTS]
     assert sum(any(part in text for text in plain) for part in passages) > 0.9 * len(passages)
 
 
-def test_an_answer_without_an_end_teaches_none(tmp_path: Path) -> None:
+def spoken(config: Config) -> list[tuple[list[dict[str, str]], list[int]]]:
+    """Every conversation with its tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    chats = [chat for name in files(config) for chat in read_chats(Plan(config).converse.folder / name)]
+    return [(chat, chat_tokens(tokenizer, as_text(chat))) for chat in chats]
+
+
+@pytest.mark.parametrize("end", ["auto", "eos"])
+def test_an_answer_without_an_end_teaches_none(tmp_path: Path, end: str) -> None:
+    """Whatever ends plain documents, in the sample as in the tokens."""
+    config = chat_model(tmp_path, document_end=DocumentEnd(end))
+    converse(config)
+    said = spoken(config)
+    assert 0.1 < np.mean([bool(chat[-1]["ended_by"]) for chat, _ in said]) < 0.9
+    assert all((ids[-1] == EOS) == bool(chat[-1]["ended_by"]) for chat, ids in said)
+    sample(config)
+    found = set(pieces(*read_rows(config, "train")))
+    whole = [bool(chat[-1]["ended_by"]) for chat, ids in said if tuple(ids) in found]
+    assert len(whole) > 10 and 0 < sum(whole) < len(whole)
+
+
+def test_answers_are_kept_as_they_were_said(tmp_path: Path) -> None:
+    """A template that takes thoughts out of past answers, or adds empty ones, does not get to see them."""
     config = chat_model(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    chat = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
-    assert chat_tokens(tokenizer, as_text(chat))[-1] == EOS
-    chat[-1]["unfinished"] = True  # type: ignore[assignment]
-    assert chat_tokens(tokenizer, as_text(chat))[-1] == 7
+    said = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w8 w9", "ended_by": "<eos>"}]
+    tokenizer.chat_template = TEMPLATE.replace("m.content }}", "m.content.split('w8')[-1] }}")
+    assert chat_tokens(tokenizer, as_text(said)) == [1, 6, EOS, 2, 9, 10, EOS]
+    given = [each | {} for each in said]
+    del given[1]["ended_by"]
+    assert chat_tokens(tokenizer, as_text(given)) == [1, 6, EOS, 2, 10, EOS]
+
+
+def speaker_of(config: Config, texts: Iterable[str] = ()) -> Speaker:
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    return Speaker(LlamaForCausalLM.from_pretrained(config.model.path), tokenizer, iter(texts), 64, 0)
+
+
+def test_a_question_ends_where_the_template_begins_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every template ends a user's turn with eos: the model's own answer is no part of its question."""
+    config = chat_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer.chat_template = "{% for m in messages %}w0 {{ m.content }} w9 {% endfor %}"
+    tokenizer.save_pretrained(config.model.path)
+    speaker = speaker_of(config)
+    assert user_turn(speaker.tokenizer) == ("w0 ", "w9")
+    assert speaker.said([6, 7, 10, 8, EOS, EOS], "w9") == ("w5 w6 ", "w9")
+    assert speaker.said([6, 7, 8, EOS, EOS], "w9") == ("w5 w6 w7", "<eos>")
+    assert speaker.said([6, 7, 8], "w9") == ("w5 w6 w7", "")
+    assert all("w9" not in question.split() for question in speaker.questions(16))
+
+
+def test_settings_of_the_checkpoint_do_not_narrow_what_is_said(tmp_path: Path) -> None:
+    config = chat_model(tmp_path)
+    before = speaker_of(config).conversations(0)
+    settings = {"top_p": 0.1, "repetition_penalty": 1.3, "eos_token_id": EOS, "max_length": 30}
+    GenerationConfig(do_sample=True, **settings).save_pretrained(config.model.path)
+    assert speaker_of(config).conversations(0) == before
+
+
+def test_special_tokens_of_passages_stay_out_of_conversations(tmp_path: Path) -> None:
+    speaker = speaker_of(chat_model(tmp_path), cycle(["w5 <eos> w6 " * 50]))
+    assert all("<eos>" not in text and "w6" in text for text in speaker.passages(0))
 
 
 def test_a_killed_run_goes_on_with_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,15 +155,15 @@ def test_a_killed_run_goes_on_with_the_same_words(tmp_path: Path, monkeypatch: p
     converse(whole)
     assert len(files(whole)) > 2 and len(set(files(whole).values())) == len(files(whole))
     killed = chat_model(tmp_path, name="killed", tokens=12800)
-    speak = converse_module.Speaker.conversations
+    speak = Speaker.conversations
 
-    def once(self: converse_module.Speaker, number: int) -> list[list[dict[str, str]]]:
+    def once(self: Speaker, number: int) -> list[list[dict[str, str]]]:
         if number == 1 and not (tmp_path / "been").exists():
             (tmp_path / "been").touch()
             raise KeyboardInterrupt
         return speak(self, number)
 
-    monkeypatch.setattr(converse_module.Speaker, "conversations", once)
+    monkeypatch.setattr(Speaker, "conversations", once)
     with pytest.raises(KeyboardInterrupt):
         converse(killed)
     assert len(files(killed)) == 1
@@ -124,15 +182,17 @@ def test_what_the_original_says_is_part_of_the_keys(tmp_path: Path) -> None:
     assert plan.stages[0].name == "converse"
     longer = Plan(chat_model(tmp_path, tokens=12800))
     assert plan.convert.key != longer.convert.key and plan.sample.key != longer.sample.key
+    other = Plan(chat_model(tmp_path, allow_short=True, validation_tokens=64))  # nothing is said anew for these
+    assert (plan.converse.key, plan.convert.key) == (other.converse.key, other.convert.key)
     config.data.sources.pop("own")
     assert "converse" not in [stage.name for stage in Plan(config).stages]
 
 
 def test_questions_begin_where_the_template_lets_a_user_speak(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chat_model(tmp_path).model.path)
-    assert opening(tokenizer) == "w0 "
+    assert user_turn(tokenizer) == ("w0 ", "<eos>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role | upper }}{% endfor %}"
-    assert opening(tokenizer) == ""
+    assert user_turn(tokenizer) == ("", None)
 
 
 def test_what_cannot_be_generated(tmp_path: Path) -> None:
@@ -149,12 +209,29 @@ def test_what_cannot_be_generated(tmp_path: Path) -> None:
     tokenizer.save_pretrained(config.model.path)
     with pytest.raises(ValueError, match="kind=generated: the tokenizer of .* has no chat template"):
         converse(config)
-    with pytest.raises(FileNotFoundError, match="run `make converse`"):
+    with pytest.raises(ValueError, match="data.sources.own: the tokenizer of .* has no chat template"):
         open_sources(config, tokenizer)
-    assert np.isclose(converse_module.generated_share(config), 0.5)
+    assert np.isclose(generated_share(config), 0.5)
     config.data.sources.pop("own")
     with pytest.raises(ValueError, match="no source of kind=generated among data.sources"):
         converse(config)
+
+
+def test_a_model_that_says_the_same_again_is_not_asked_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = chat_model(tmp_path)
+    monkeypatch.setattr(Speaker, "answered", lambda self, questions: [])
+    with pytest.raises(ValueError, match="nothing more to say to itself after 0 conversations of 0 tokens"):
+        converse(config)
+
+
+def test_what_conversion_refuses_is_refused_before_anything_is_said(tmp_path: Path) -> None:
+    config = chat_model(tmp_path)
+    config.mla.rope_dim = 3
+    with pytest.raises(ValueError, match="rope_dim"):
+        converse(config)
+    assert not Plan(config).converse.folder.exists()
 
 
 def test_only_conversations_beside_it_give_no_passages(tmp_path: Path) -> None:
@@ -165,4 +242,4 @@ def test_only_conversations_beside_it_give_no_passages(tmp_path: Path) -> None:
     config.data.sources["plain"] = local(tmp_path / "talk.jsonl", messages_column="messages")
     converse(config)
     asked = [chat[0]["content"] for name in files(config) for chat in read_chats(Plan(config).converse.folder / name)]
-    assert asked and not any(request in text for text in asked for request in converse_module.REQUESTS)
+    assert asked and not any(request in text for text in asked for request in REQUESTS)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conf.errors import StageError
 from conf.memory import held_bytes, peak_bytes, reset_peak
 from eval.bench import run
 from eval.decoding import Decoding
@@ -47,11 +48,15 @@ def test_a_variant_that_fails_leaves_the_others(
 
     monkeypatch.setattr(Decoding, "steps", failing)
     write_model(tmp_path / "pretrained")
-    run.__wrapped__(composed([*overrides(tmp_path), *SIZES, *BENCH]))
+    with pytest.raises(StageError, match="some variants failed, as said above and in .*bench.json"):
+        run.__wrapped__(composed([*overrides(tmp_path), *SIZES, *BENCH]))
     rows = json.loads((tmp_path / "outputs" / "pretrained" / "bench.json").read_text())["grid"][0]["variants"]
-    assert rows["absorbed"] is None and rows["expanded"]["speed_against_original"] > 0
+    assert (
+        rows["absorbed"] == {"failed": "RuntimeError: no kernel for this"}
+        and rows["expanded"]["speed_against_original"] > 0
+    )
     shown = capsys.readouterr()
-    assert "bench: absorbed: RuntimeError: no kernel for this" in shown.err and "failed" in shown.out
+    assert "bench: absorbed: RuntimeError: no kernel for this" in shown.err and "RuntimeError" in shown.out
     assert (tmp_path / "outputs" / "pretrained" / "bench.png").stat().st_size > 10_000
 
 
