@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+from conf.plan import Plan
 from conf.schema import Config, SourceConfig
 from data.calibration import calibration_batches
 from data.chats import as_text, is_chat
@@ -96,6 +97,12 @@ def test_a_sample_and_calibration_of_text_and_conversations(tmp_path: Path) -> N
     config = make_config(tmp_path, sources)
     tokenizer = with_template(config)
     sample(config)
+    twice = make_config(tmp_path, sources, name="two", num_workers=2)
+    sample(twice)
+    shards = [
+        json.loads((Plan(each).sample.folder / "manifest.json").read_text())["shards"] for each in (config, twice)
+    ]
+    assert shards[0] == shards[1]
     ids, positions = read_rows(config, "train")
     expected = {tuple(row.tolist()) for row in encode(tokenizer, [as_text(each) for each in chats], None)}
     found = [stretch for stretch in stretches(ids, positions) if stretch in expected]
