@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "benchmarks": tasks.benchmarks,
     "benchmarks_default": tasks.benchmarks_default,
     "minilongbench": tasks.minilongbench,
+    "minilongbench_chat": tasks.minilongbench_chat,
     "cache_bits": cache.cache_bits,
     "positions": healing.positions,
     "training_free": conversion.training_free,
