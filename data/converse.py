@@ -20,6 +20,7 @@ import transformers
 from omegaconf import DictConfig
 from transformers import AutoConfig, AutoTokenizer
 
+from conf.checkpoint import NOT_OURS, load_model
 from conf.devices import pick_device
 from conf.errors import stage_main
 from conf.models import local_model
@@ -32,7 +33,6 @@ from data.documents import train_tokens
 from data.progress import Progress
 from data.speaker import Speaker
 from mha2mla import ConversionOptions, resolve_options
-from train.model import load_model
 
 MORE = 1.05  # tokens generated for each that is wanted
 
@@ -64,7 +64,7 @@ def load(config: Config, path: str) -> Any:
     device = pick_device(config.launch.device)
     wanted = Dtype.native if config.model.dtype is Dtype.auto else config.model.dtype
     dtype = torch_dtype(wanted, device == "cpu", stored="auto")
-    model: Any = load_model(path, dtype, "get that checkpoint again", revision=config.model.revision)
+    model: Any = load_model(path, dtype, NOT_OURS, revision=config.model.revision)
     return model.to(device).eval()
 
 

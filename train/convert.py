@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from conf.checkpoint import NOT_OURS, load_model
 from conf.devices import pick_device
 from conf.errors import stage_main
 from conf.memory import peak_memory_gib
@@ -42,7 +43,6 @@ from mha2mla.compare import Comparison, compare
 from mha2mla.reconstruct import LayerFit
 from mha2mla.streaming import PROGRESS, STATE, convert_streamed, forget_progress
 from train.checkpoint import appearing_in
-from train.model import load_model
 from train.resources import sizes_of
 
 MOST = 0.7  # of free memory, that a conversion in memory may take
@@ -71,7 +71,7 @@ def load_pretrained(config: Config) -> Any:
     """The original model on the device that conversion runs on."""
     device = pick_device(config.launch.device)
     dtype = torch_dtype(config.model.dtype, device == "cpu", stored="auto")
-    model: Any = load_model(local_model(config), dtype, "get that checkpoint again", revision=config.model.revision)
+    model: Any = load_model(local_model(config), dtype, NOT_OURS, revision=config.model.revision)
     return model.to(device).eval()
 
 

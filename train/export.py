@@ -18,6 +18,7 @@ import yaml
 from omegaconf import DictConfig
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
+from conf.checkpoint import load_model
 from conf.errors import stage_main
 from conf.plan import Plan, plain
 from conf.precision import torch_dtype
@@ -26,7 +27,6 @@ from conf.stage import write_json
 from mha2mla.native import to_deepseek
 from mha2mla.served import to_served
 from train.checkpoint import appearing_in
-from train.model import load_model
 
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # relative error of the logits, by dtype
 

@@ -9,30 +9,14 @@ from accelerate import Accelerator
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-import mha2mla  # noqa: F401  registers the classes of converted models
+from conf.checkpoint import load_model
 from conf.schema import FinetuneConfig, LoraConfig, Trainable
 from train.checkpoint import appearing_in
 from train.sharding import whole_state
 
 ATTENTION = (".self_attn.", ".attention.")  # in the names of attention weights; the second is GPT-NeoX's
-AGAIN = "make it again with `make convert ARGS=force=true`"
-
-
-def load_model(
-    folder: Path | str, dtype: torch.dtype | str, remedy: str = AGAIN, revision: str | None = None
-) -> PreTrainedModel:
-    """A checkpoint (folder or hub id), refused if any weight is missing or the file is cut short."""
-    load: Any = AutoModelForCausalLM.from_pretrained  # with its report, or without
-    try:
-        model, found = load(folder, dtype=dtype, revision=revision or "main", output_loading_info=True)
-    except Exception as error:
-        raise ValueError(f"{folder} holds no whole checkpoint ({type(error).__name__}: {error}); {remedy}") from error
-    if found["missing_keys"]:
-        names = ", ".join(sorted(found["missing_keys"])[:3])
-        raise ValueError(f"{folder} lacks {len(found['missing_keys'])} weights ({names}, ...); {remedy}")
-    return model
 
 
 def trainable_model(folder: Path, config: FinetuneConfig) -> nn.Module:

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from conf.checkpoint import load_model
 from conf.models import local_model, teacher_config
 from conf.schema import DISTILLATION, Config
-from train.model import load_model
 
 REMEDY = "finetune.teacher takes a hub id such as org/name or a folder; without it the original model teaches"
 
