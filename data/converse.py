@@ -27,6 +27,7 @@ from conf.models import local_model
 from conf.plan import Plan
 from conf.precision import Dtype, torch_dtype
 from conf.schema import Config, SourceKind
+from conf.stage import digest
 from data.calibration import training_texts
 from data.chats import Message, as_text, chat_tokens, require_template
 from data.documents import train_tokens
@@ -76,14 +77,15 @@ def talk(speaker: Speaker, wanted: int, folder: Path) -> dict[str, int]:
         file = folder / f"conversations-{files:05d}.jsonl"
         if not file.exists():
             write_chats(file, speaker.conversations(files))
-        new = {as_text(chat) for chat in read_chats(file)} - seen
+        chats = {digest(chat): as_text(chat) for chat in read_chats(file)}
+        new = chats.keys() - seen
         if not new:
             raise ValueError(
                 f"the model has nothing more to say to itself after {len(seen):,} conversations of {tokens:,} tokens, "
                 f"{wanted:,} wanted: lower the weight of the generated source, or give a source of real conversations "
                 "(messages_column)"
             )
-        found = sum(len(chat_tokens(speaker.tokenizer, text)) for text in new)
+        found = sum(len(chat_tokens(speaker.tokenizer, chats[key])) for key in new)
         progress.advance(found)
         seen |= new
         tokens, files = tokens + found, files + 1
@@ -95,7 +97,7 @@ def generated_share(config: Config) -> float:
     """Of the training tokens."""
     sources = config.data.sources.values()
     own = sum(source.weight for source in sources if source.kind is SourceKind.generated)
-    return own / sum(source.weight for source in sources) if own else 0.0
+    return own / sum(source.weight for source in sources)
 
 
 def endless(config: Config) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Taking: documents by lowest rank until each source's share of the tokens is met, exactly.
 
 Sources are walked together in the order of hashes, so that copies of a text meet, within a source or between
-two, and are taken once. The last document of a source is cut so that its share is met to the
-token, and ended, if it is no conversation.
+two, and are taken once. The last document of a source is cut so that its share is met to the token, and ended,
+if it is no conversation.
 """
 
 from collections import deque
@@ -40,7 +40,7 @@ def take(
 ) -> list[Taken]:
     """Tokenise records (sorted by key) and write the tokens of those taken; what each source reached."""
     taken = [Taken() for _ in wants]
-    groups: deque[list[tuple[bytes, list[int], bytes]]] = deque()
+    groups: deque[list[tuple[bytes, list[int], str]]] = deque()
 
     def wanting(source: int) -> bool:
         return taken[source].tokens < wants[source]
@@ -51,25 +51,25 @@ def take(
             first, *others = copies
             sources = [record.source for record in (first, *others) if wanting(record.source)]
             if sources:
-                batch.append((key, sources, first.payload))
+                batch.append((key, sources, first.payload.decode()))
                 size += len(first.payload)
             elif not any(map(wanting, range(len(wants)))):
                 break
             if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
                 groups.append(batch)
-                yield [payload.decode() for _, _, payload in batch]
+                yield [text for _, _, text in batch]
                 batch, size = [], 0
         if batch:
             groups.append(batch)
-            yield [payload.decode() for _, _, payload in batch]
+            yield [text for _, _, text in batch]
 
     for rows in workers.tokenise(batches()):
-        for (key, sources, payload), tokens in zip(groups.popleft(), rows, strict=True):
+        for (key, sources, text), tokens in zip(groups.popleft(), rows, strict=True):
             # Batches run ahead of this count; a source that is full by now takes nothing.
             source = next(filter(wanting, sources), None)
             if source is not None and len(tokens):
                 kept = tokens[: wants[source] - taken[source].tokens]
-                if workers.end is not None and not is_chat(payload.decode()):
+                if workers.end is not None and not is_chat(text):
                     kept[-1] = workers.end  # where it was cut too
                 writer.add(Record(shuffled_key(key), source, kept.tobytes()))
                 taken[source].tokens += len(kept)

@@ -150,16 +150,10 @@ def is_streamed(config: Config, pretrained: Any, folder: Path) -> bool:
         return config.launch.streamed is Streamed.on
     if (folder / STATE / PROGRESS).exists():
         return True
-    sizes, dtype = (
-        sizes_of(pretrained),
-        torch_dtype(config.model.dtype, pick_device(config.launch.device) == "cpu", stored="auto"),
-    )
+    sizes, device = sizes_of(pretrained), pick_device(config.launch.device)
+    dtype = torch_dtype(config.model.dtype, device == "cpu", stored="auto")
     both = 2 * sizes.total * (sizes.stored if dtype == "auto" else dtype.itemsize)
-    free = (
-        torch.cuda.mem_get_info()[0]
-        if pick_device(config.launch.device) == "cuda"
-        else psutil.virtual_memory().available
-    )
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     return both > MOST * free
 
 
