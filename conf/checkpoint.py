@@ -1,4 +1,8 @@
-"""Checkpoints, loaded whole or refused."""
+"""The one way a model's weights are loaded: all of them, exactly those that the checkpoint holds, or refused.
+
+transformers fills what a checkpoint lacks with random numbers, and leaves out what it does not know, with a warning
+each. Either is another model than the one that was given.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -10,19 +14,40 @@ import mha2mla  # noqa: F401  registers the classes of converted models
 
 AGAIN = "make it again with `make convert ARGS=force=true`"
 NOT_OURS = "get that checkpoint again"
+REPORT = {  # what transformers reports of loading, and what it means for the checkpoint
+    "missing_keys": "lacks",
+    "unexpected_keys": "holds besides its model",
+    "mismatched_keys": "holds in another shape",
+}
 
 
 def load_model(
-    folder: Path | str, dtype: torch.dtype | str, remedy: str = AGAIN, revision: str | None = None
+    path: Path | str,
+    dtype: torch.dtype | str,
+    remedy: str = AGAIN,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    model_class: Any = AutoModelForCausalLM,
+    gguf_file: str | None = None,
 ) -> PreTrainedModel:
-    """A checkpoint (folder or hub id), refused if any weight is missing or the file is cut short."""
-    load: Any = AutoModelForCausalLM.from_pretrained  # with its report, or without
+    """The causal language model in a folder or on the hub, in mode of evaluation on `device`.
+
+    dtype: `auto` keeps what the checkpoint is stored in. remedy: what to do about a checkpoint that is refused.
+    gguf_file: the file of that name in the folder instead, dequantised.
+    Raises ValueError where a weight is missing, not the model's or of another shape, and where a file is cut short.
+    """
+    place = Path(path).expanduser()
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision or "main", "output_loading_info": True}
+    if gguf_file:
+        options["gguf_file"] = gguf_file
     try:
-        model, found = load(folder, dtype=dtype, revision=revision or "main", output_loading_info=True)
+        model, report = model_class.from_pretrained(str(place) if place.is_dir() else str(path), **options)
     except Exception as error:
-        raise ValueError(f"{folder} holds no whole checkpoint ({type(error).__name__}: {error}); {remedy}") from error
-    if found["missing_keys"]:
-        names = ", ".join(sorted(found["missing_keys"])[:3])
-        raise ValueError(f"{folder} lacks {len(found['missing_keys'])} weights ({names}, ...); {remedy}")
-    whole: PreTrainedModel = model
-    return whole
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(f"{path} holds no complete checkpoint ({type(error).__name__}: {reason}); {remedy}") from error
+    for kind, verb in REPORT.items():
+        if names := sorted(str(each[0] if isinstance(each, tuple) else each) for each in report[kind]):
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(f"{path} {verb} {len(names)} weight{'s' * (len(names) > 1)} ({shown}); {remedy}")
+    complete: PreTrainedModel = model
+    return complete.to(device).eval()  # type: ignore[arg-type]

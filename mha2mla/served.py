@@ -9,6 +9,7 @@ import torch
 from mha2mla.engines import cache_obstacles, refuse_half, whole_query
 from mha2mla.families import attention_layers
 from mha2mla.modeling.attention_served_mla import SHRINK
+from mha2mla.target import tie_like
 
 
 def obstacles(config: Any) -> list[str]:
@@ -41,7 +42,7 @@ def to_served(model: Any) -> Any:
         served = type(model)._from_config(config, dtype=model.dtype)
     served.base_model.rotary_emb = copy.deepcopy(model.base_model.rotary_emb)
     served.load_state_dict({name: w.detach().clone() for name, w in state.items()}, assign=True)
-    served.tie_weights()
+    tie_like(served, model)
     served.generation_config = model.generation_config
     return served.eval()
 

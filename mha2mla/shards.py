@@ -16,78 +16,174 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-INDEX = "model.safetensors.index.json"
-EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
-PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+REMEDY = "get that checkpoint again, or convert it in memory (launch.streamed=off)"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DERIVED = (r"rotary_emb\.inv_freq$",)  # in old checkpoints; follows from the configuration
+ROWS = 4096  # of an embedding, that are compared at once
 
 
 class Shards:
-    """The tensors of a checkpoint folder by name. ValueError names a file that is missing or broken."""
+    """The tensors of a checkpoint folder by the names that `model` has for them: a skeleton without weights.
 
-    def __init__(self, folder: Path | str) -> None:
+    Which files are read, what their tensors are called and in what dtype the model is, is decided as transformers does.
+    ValueError names a file that is missing or broken, and the tensors that are missing, not the model's or misshapen.
+    """
+
+    def __init__(self, folder: Path | str, model: Any) -> None:
         self.folder = Path(folder)
-        if (index := self.folder / INDEX).exists():
-            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif not (self.folder / "model.safetensors").exists():
-            raise ValueError(
-                f"{self.folder} holds no safetensors: load that checkpoint and save it again with save_pretrained, or "
-                "convert it in memory (launch.streamed=off)"
-            )
-        else:
-            with self.open("model.safetensors") as file:
-                self.files = dict.fromkeys(file.keys(), "model.safetensors")
-        absent = sorted({name for name in self.files.values() if not (self.folder / name).exists()})
+        stored = weight_files(self.folder, getattr(model.config, "transformers_weights", None))
+        absent = sorted({name for name in stored.values() if not (self.folder / name).exists()})
         if absent:
-            raise ValueError(
-                f"{self.folder} lacks {', '.join(absent[:3])} of its {len(set(self.files.values()))} files"
-            )
+            raise ValueError(f"{self.folder} lacks {', '.join(absent[:3])} of its {len(set(stored.values()))} files")
+        wanted, prefix = model.state_dict(), f"{model.base_model_prefix}."
+        # A checkpoint of the decoder alone calls everything the same but for the prefix.
+        self.stored = {
+            name if name in wanted or name.startswith(prefix) else prefix + name: (name, file)
+            for name, file in stored.items()
+        }
+        self.shared = self.shared_names(model)
+        self.dtype = self.stored_dtype(model.config)
+        self.check(wanted, model)
+
+    @property
+    def tied(self) -> bool:
+        """Whether output layer and embedding are one weight."""
+        return bool(self.shared)
+
+    @property
+    def files(self) -> set[str]:
+        return {file for _, file in self.stored.values()}
+
+    def shared_names(self, model: Any) -> dict[str, str]:
+        """Of two names of a tied weight the one that is read for the other. What the files hold decides, whatever the
+        configuration says: two that differ are two weights."""
+        if not model.config.tie_word_embeddings:
+            return {}
+        named = {module: name for name, module in model.named_modules()}
+        embedding, head = (
+            f"{named[module]}.weight" for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        )
+        if embedding in self.stored and head in self.stored:
+            return {head: embedding} if self.equal(embedding, head) else {}
+        return {embedding: head} if head in self.stored else {head: embedding}
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two stored tensors hold the same numbers; compared some rows at a time."""
+        with self.sliced(first) as one, self.sliced(second) as other:
+            if one.get_shape() != other.get_shape() or one.get_dtype() != other.get_dtype():
+                return False
+            rows = range(0, one.get_shape()[0], ROWS)
+            return all(torch.equal(one[at : at + ROWS], other[at : at + ROWS]) for at in rows)
+
+    def stored_dtype(self, config: Any) -> torch.dtype:
+        """The dtype that the configuration names, else that of the first numbers in the first file."""
+        dtype = getattr(config, "dtype", None)
+        if dtype is None:
+            with opened_file(self.folder / min(self.files)) as file:
+                found = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118  no dictionary
+                dtype = next((FLOATS[each] for each in found if each in FLOATS), torch.float32)
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+    def check(self, wanted: dict[str, torch.Tensor], model: Any) -> None:
+        """ValueError unless the files hold this model's tensors and no others."""
+        parts = {name: self.parts(name, len(empty) if empty.dim() else 0) for name, empty in wanted.items()}
+        if missing := sorted(name for name, found in parts.items() if not found):
+            raise ValueError(f"{self.folder} lacks {listed(missing)}; {REMEDY}")
+        used = {part for found in parts.values() for part in found} | set(self.shared)
+        ignored = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), *DERIVED]))
+        others = [own for name, (own, _) in self.stored.items() if name not in used and not ignored.search(own)]
+        if others:
+            raise ValueError(f"{self.folder} holds besides its model {listed(sorted(others))}; {REMEDY}")
+        for name, empty in wanted.items():
+            with self.sliced(parts[name][0]) as tensor:
+                if len(parts[name]) == 1 and (shape := tuple(tensor.get_shape())) != tuple(empty.shape):
+                    raise ValueError(f"{self.folder} has {name} as {shape}, its configuration as {tuple(empty.shape)}")
+
+    def parts(self, name: str, experts: int = 0) -> list[str]:
+        """What in the files makes up the model's tensor: itself, or the parts of fused experts; empty if missing."""
+        name = self.shared.get(name, name)
+        if name in self.stored:
+            return [name]
+        block, _, last = name.rpartition("mlp.")
+        if (router := f"{block}block_sparse_moe.{last}") in self.stored:
+            return [router]
+        if not last.startswith("experts."):
+            return []
+        inner, outer = (("gate_proj", "w1"), ("up_proj", "w3")), (("down_proj", "w2"),)
+        for place, column in (("mlp", 0), ("block_sparse_moe", 1)):
+            kinds = [each[column] for each in (inner if last.endswith("gate_up_proj") else outer)]
+            found = [f"{block}{place}.experts.{index}.{kind}.weight" for index in range(experts) for kind in kinds]
+            if all(part in self.stored for part in found):
+                return found
+        return []
 
     @contextmanager
-    def open(self, name: str) -> Iterator[Any]:
-        try:
-            with safe_open(self.folder / name, "pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{self.folder / name} is no whole safetensors file ({error}); get that checkpoint again"
-            ) from error
+    def sliced(self, name: str) -> Iterator[Any]:
+        own, file = self.stored[name]
+        with opened_file(self.folder / file) as opened:
+            yield opened.get_slice(own)
 
-    def read(self, name: str) -> torch.Tensor:
-        with self.open(self.files[name]) as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
+    def read(self, name: str, experts: int = 0) -> torch.Tensor:
+        """The model's tensor of this name, numbers in the model's dtype."""
+        found = []
+        for part in self.parts(name, experts):
+            own, file = self.stored[part]
+            with opened_file(self.folder / file) as opened:
+                tensor: torch.Tensor = opened.get_tensor(own)
+                found.append(tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+        if len(found) == 1:
+            return found[0]
+        return torch.stack([torch.cat(each) for each in batched(found, len(found) // experts)])
 
-    def below(self, prefix: str) -> dict[str, str]:
-        """Names under a prefix, by what follows it."""
-        return {name.removeprefix(prefix): name for name in self.files if name.startswith(prefix)}
-
-    def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: Any = "cpu") -> None:
-        """Give a module on "meta" its own tensors, numbers in one dtype. ValueError if one is missing."""
-        names, state = self.below(prefix), {}
-        wanted = module.state_dict()
-        for name, empty in wanted.items():
-            if name in names:
-                tensor = self.read(names[name])
-            elif ".experts." in name:
-                tensor = self.fused_experts(name, empty, names)
-            elif "block_sparse_moe" in "".join(names) and name.startswith("mlp.gate"):
-                tensor = self.read(names[name.replace("mlp.", "block_sparse_moe.")])
-            else:
-                raise ValueError(f"{self.folder} has no tensor {prefix}{name}, only such as {next(iter(self.files))}")
-            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    def fill(self, module: nn.Module, prefix: str, device: Any = "cpu") -> None:
+        """Give a module on "meta" its own tensors."""
+        state = {
+            name: self.read(prefix + name, len(empty) if empty.dim() else 0).to(device)
+            for name, empty in module.state_dict().items()
+        }
         module.load_state_dict(state, assign=True)
 
-    def fused_experts(self, name: str, empty: torch.Tensor, names: dict[str, str]) -> torch.Tensor:
-        """`gate_up_proj` [E, 2 * n, d] or `down_proj` [E, d, n] of all experts, from a file's expert by expert."""
-        parts: dict[str, dict[int, str]] = {}
-        for short, whole in names.items():
-            if found := EXPERT.fullmatch(short):
-                parts.setdefault(PARTS.get(found[2], found[2]), {})[int(found[1])] = whole
-        wanted = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
-        if any(len(parts.get(part, {})) != len(empty) for part in wanted):
-            raise ValueError(f"{self.folder} has not all {len(empty)} experts of {name}")
-        stack = [torch.cat([self.read(parts[part][index]) for part in wanted]) for index in range(len(empty))]
-        return torch.stack(stack)
+
+@contextmanager
+def opened_file(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is no complete safetensors file ({error}); {REMEDY}") from error
+
+
+def weight_files(folder: Path, named: str | None) -> dict[str, str]:
+    """The file of every tensor: of the file or index that the configuration names, of `model.safetensors`, or of the
+    index, in the order in which transformers looks for them."""
+    file = named or (SINGLE if (folder / SINGLE).exists() else INDEX)
+    if not (folder / file).exists():
+        shards = sorted(path.name for path in folder.glob("*.safetensors"))
+        if shards:
+            raise ValueError(f"{folder} has {len(shards)} safetensors files ({shards[0]}) but no {file}; {REMEDY}")
+        raise ValueError(
+            f"{folder} holds no safetensors: load that checkpoint and save it again with save_pretrained, or "
+            "convert it in memory (launch.streamed=off)"
+        )
+    if not file.endswith(".json"):
+        with opened_file(folder / file) as opened:
+            return dict.fromkeys(opened.keys(), file)
+    try:
+        files = json.loads((folder / file).read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(shard) for name, shard in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / file} is no index of a checkpoint ({error!r}); {REMEDY}") from error
+
+
+def listed(names: list[str]) -> str:
+    """How many tensors, and the first of them."""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({shown})"
+
+
+def batched(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[at : at + size] for at in range(0, len(items), size)]
 
 
 def write_shard(file: Path, tensors: dict[str, torch.Tensor]) -> None:

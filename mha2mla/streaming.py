@@ -130,7 +130,6 @@ class Job:
     steps: int
     learning_rate: float
     device: str
-    dtype: torch.dtype
     rotations: list[Rotation]
 
     @property
@@ -141,8 +140,7 @@ class Job:
 def start(source: Path, output: Path, options: ConversionOptions, steps: int, learning_rate: float, device: str) -> Job:
     """Check everything that configuration and files can tell, and build both skeletons."""
     config = AutoConfig.from_pretrained(source)
-    family, shards = family_of(config), Shards(source)
-    options = resolve_options(config, options)
+    family, options = family_of(config), resolve_options(config, options)
     if options.rank_allocation != "uniform":
         raise ValueError(
             f"rank_allocation={options.rank_allocation} compares all layers before the first is converted; layer by "
@@ -150,12 +148,14 @@ def start(source: Path, output: Path, options: ConversionOptions, steps: int, le
         )
     with without_weights():
         teacher = AutoModelForCausalLM.from_config(config).eval()
+    shards = Shards(source, teacher)
+    config.tie_word_embeddings = shards.tied
+    with without_weights():
         first = chosen_layers(config, options)[0]
         own_config = converted_config(config, options, attention_layers(teacher)[first])
         student = family.causal_lm_class(own_config).eval()
     student.base_model.rotary_emb = teacher.base_model.rotary_emb.to(device)
     (output / STATE).mkdir(parents=True, exist_ok=True)
-    dtype = shards.read(f"{name_of(teacher.get_input_embeddings(), teacher)}.weight").dtype
     return Job(
         source=source,
         output=output,
@@ -168,16 +168,15 @@ def start(source: Path, output: Path, options: ConversionOptions, steps: int, le
         steps=steps,
         learning_rate=learning_rate,
         device=device,
-        dtype=dtype,
         rotations=rotations_of(teacher),
     )
 
 
 def key_of(job: Job, texts: list[list[torch.Tensor]]) -> str:
     """What makes a conversion this one: the checkpoint, what is asked for, and the text."""
-    sha = hashlib.sha256(repr([asdict(job.options), job.steps, job.learning_rate, str(job.dtype)]).encode())
+    sha = hashlib.sha256(repr([asdict(job.options), job.steps, job.learning_rate, str(job.shards.dtype)]).encode())
     sha.update(f"{job.source.resolve()}{job.config.to_json_string()}".encode())
-    for name in sorted(set(job.shards.files.values())):
+    for name in sorted(job.shards.files):
         stat = (job.source / name).stat()
         sha.update(f"{name}{stat.st_size}{stat.st_mtime_ns}".encode())
     for batch in (batch for batches in texts for batch in [torch.tensor([len(batches)]), *batches]):
@@ -190,7 +189,7 @@ def convert_one(job: Job, index: int, texts: list[Text], progress: Progress) -> 
     config, teacher, student = job.config, job.teacher, job.student
     name, geometry = f"{job.prefix}layers.{index}.", geometry_of(config)
     layer, copy = teacher.base_model.layers[index], student.base_model.layers[index]
-    job.shards.fill(layer, name, job.dtype, job.device)
+    job.shards.fill(layer, name, job.device)
     inputs, targets = pass_targets(teacher.base_model, index, texts[0].theirs)
     state, latent = layer.state_dict(), index in chosen_layers(config, job.options)
     if latent:
@@ -239,7 +238,7 @@ def statistics_of(attention: Any, inputs: list[torch.Tensor], geometry: Any) -> 
 def first_states(job: Job, batches: list[list[torch.Tensor]]) -> list[Text]:
     """States of every sequence before the first layer; the embedding is in memory only meanwhile."""
     embedding = job.teacher.get_input_embeddings()
-    job.shards.fill(embedding, f"{name_of(embedding, job.teacher)}.", job.dtype, job.device)
+    job.shards.fill(embedding, f"{name_of(embedding, job.teacher)}.", job.device)
     texts = []
     for some in batches:
         states = [embed(job.teacher.base_model, row.to(job.device)) for batch in some for row in batch.split(1)]
@@ -268,11 +267,10 @@ def compare_states(job: Job, text: Text, batches: list[torch.Tensor]) -> Compari
     """`compare` of both models, from the states behind their last layers: the end of the model is the same in both."""
     teacher, decoder = job.teacher, job.teacher.base_model
     head = teacher.get_output_embeddings()
-    stored = teacher.get_input_embeddings() if job.config.tie_word_embeddings else head
-    job.shards.fill(head, f"{name_of(stored, teacher)}.", job.dtype, job.device)
+    job.shards.fill(head, f"{name_of(head, teacher)}.", job.device)
     for name, module in decoder.named_children():
         if "norm" in name:
-            job.shards.fill(module, f"{job.prefix}{name}.", job.dtype, job.device)
+            job.shards.fill(module, f"{job.prefix}{name}.", job.device)
     tally, layers = Tally(), decoder.layers
     rows = [row for batch in batches for row in batch.split(1)]
     for row, theirs, ours in zip(rows, text.theirs, text.ours, strict=True):
@@ -291,9 +289,9 @@ def shard_file(output: Path, number: int, layers: int) -> Path:
 
 def write_rest(job: Job) -> None:
     """The first file: everything that is in no layer."""
-    layers, shards = f"{job.prefix}layers.", job.shards
-    rest = {name: shards.read(name) for name in shards.files if not name.startswith(layers)}
-    rest = {name: tensor.to(job.dtype) if tensor.is_floating_point() else tensor for name, tensor in rest.items()}
+    layers, shared = f"{job.prefix}layers.", job.shards.shared
+    names = [name for name in job.teacher.state_dict() if not name.startswith(layers) and name not in shared]
+    rest = {name: job.shards.read(name) for name in names}
     write_shard(shard_file(job.output, 0, job.config.num_hidden_layers), rest)
 
 
@@ -340,7 +338,7 @@ def finish(job: Job) -> None:
     """What makes the files a checkpoint, its configuration last."""
     layers = job.config.num_hidden_layers
     write_index(job.output, [shard_file(job.output, number, layers) for number in range(layers + 1)])
-    job.own_config.architectures, job.own_config.dtype = [type(job.student).__name__], job.dtype
+    job.own_config.architectures, job.own_config.dtype = [type(job.student).__name__], job.shards.dtype
     custom_object_save(job.student, job.output, config=job.own_config)
     if (job.source / "generation_config.json").exists():
         GenerationConfig.from_pretrained(job.source).save_pretrained(job.output)

@@ -115,11 +115,19 @@ def build(target: Any, config: Any, state: dict[str, torch.Tensor], original: An
     converted.base_model.rotary_emb = rotary.to(first.device)
     converted.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
     restore_buffers(converted, original)
-    converted.tie_weights()
+    tie_like(converted, original)
     converted.train(original.training)
     if getattr(original, "generation_config", None) is not None:
         converted.generation_config = original.generation_config
     return converted
+
+
+def tie_like(model: Any, original: Any) -> None:
+    """Share the weight of output layer and embedding where `original` does, whatever its configuration says: a
+    checkpoint with an output layer of its own keeps it."""
+    if (head := original.get_output_embeddings()) is not None:
+        model.config.tie_word_embeddings = head.weight is original.get_input_embeddings().weight
+    model.tie_weights()
 
 
 def restore_buffers(converted: Any, original: Any) -> None:

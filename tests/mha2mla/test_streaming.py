@@ -137,7 +137,7 @@ def test_broken_files_and_options_that_need_all_layers_are_named(tmp_path: Path)
     files = sorted((tmp_path / "original").glob("model-*.safetensors"))
     whole = files[1].read_bytes()
     files[1].write_bytes(whole[:-50])
-    with pytest.raises(ValueError, match=f"{files[1].name} is no whole safetensors file"):
+    with pytest.raises(ValueError, match=f"{files[1].name} is no complete safetensors file"):
         convert_streamed(tmp_path / "original", tmp_path / "out", BEST, TEXT, [])
     files[1].unlink()
     with pytest.raises(ValueError, match=f"lacks {files[1].name} of its {len(files)} files"):

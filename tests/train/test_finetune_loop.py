@@ -213,7 +213,7 @@ def test_settings_that_cannot_work(runs, changes, message):
 def test_a_truncated_checkpoint_is_refused(runs):
     file = runs.model_dir / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="holds no whole checkpoint .*make convert"):
+    with pytest.raises(ValueError, match="holds no complete checkpoint .*make convert"):
         runs("out")
 
 
@@ -223,7 +223,7 @@ def test_a_checkpoint_without_one_weight_is_refused(runs):
     weights = load_file(runs.model_dir / "model.safetensors")
     weights.pop("model.layers.1.self_attn.o_proj.weight")
     save_file(weights, runs.model_dir / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks 1 weights .model.layers.1.self_attn.o_proj.weight"):
+    with pytest.raises(ValueError, match="lacks 1 weight .model.layers.1.self_attn.o_proj.weight"):
         runs("out")
 
 

@@ -50,7 +50,7 @@ def test_no_such_teacher(words, tmp_path):
         Plan(composed([*words, "finetune.teacher=/no/such/folder"]))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no whole checkpoint .*; finetune.teacher takes a hub id"):
+    with pytest.raises(ValueError, match="holds no complete checkpoint .*; finetune.teacher takes a hub id"):
         loaded([*words, f"finetune.teacher={tmp_path / 'empty'}"])
 
 
