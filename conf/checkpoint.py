@@ -37,7 +37,8 @@ def load_model(
     Raises ValueError where a weight is missing, not the model's or of another shape, and where a file is cut short.
     """
     place = Path(path).expanduser()
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision or "main", "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision or "main"}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that the report names them
     if gguf_file:
         options["gguf_file"] = gguf_file
     try:

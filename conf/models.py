@@ -118,13 +118,15 @@ def unpack_gguf(file: Path, target: Path) -> None:
     """Dequantise a GGUF file into a float32 checkpoint folder, which appears only when complete."""
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from conf.checkpoint import NOT_OURS, load_model
 
     print(f"unpacking {file.name} into {target} (once)", flush=True)
     transformers.utils.logging.disable_progress_bar()
     folder, name = str(file.parent), file.name
     with contextlib.redirect_stderr(io.StringIO()):  # a bar of two seconds that no setting turns off
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        model: Any = load_model(folder, torch.float32, NOT_OURS, gguf_file=name)
     # transformers marks the result as quantised and then refuses to save it; the weights are plain by now.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None

@@ -114,7 +114,7 @@ class MLAConfig:
     q_lora_rank: int | None = None
     layers: str = "all"  # or full-attention: those of a sliding window stay as they are
     reconstruction_steps: int = 0  # a layer, on the calibration text, after the closed form (mha2mla/reconstruct.py)
-    reconstruction_learning_rate: float = 1e-3
+    reconstruction_learning_rate: float = 5e-3  # relative to the root mean square of every weight
 
     def __post_init__(self) -> None:
         require(
@@ -391,6 +391,12 @@ class Config:
     def __post_init__(self) -> None:
         if not self.name:
             self.name = point_name(self.mla)
+        tokens, length = self.calibration.tokens, self.calibration.sequence_length
+        require(
+            not self.mla.reconstruction_steps or tokens > length,
+            f"calibration.tokens={tokens} is one sequence (calibration.sequence_length={length}): reconstruction fits "
+            "layers on some sequences and judges them on others; give more tokens, or mla.reconstruction_steps=0",
+        )
 
 
 def typed_config(cfg: DictConfig) -> Config:

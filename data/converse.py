@@ -65,8 +65,7 @@ def load(config: Config, path: str) -> Any:
     device = pick_device(config.launch.device)
     wanted = Dtype.native if config.model.dtype is Dtype.auto else config.model.dtype
     dtype = torch_dtype(wanted, device == "cpu", stored="auto")
-    model: Any = load_model(path, dtype, NOT_OURS, revision=config.model.revision)
-    return model.to(device).eval()
+    return load_model(path, dtype, NOT_OURS, config.model.revision, device)
 
 
 def talk(speaker: Speaker, wanted: int, folder: Path) -> dict[str, int]:

@@ -24,14 +24,15 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
+from conf.checkpoint import NOT_OURS, load_model
+from conf.devices import pick_device
 from conf.errors import StageError, stage_main
 from conf.evaluation import BenchConfig
 from conf.models import local_model
 from conf.plan import plain, write_result
 from conf.precision import torch_dtype
-from conf.schema import Config, Device
+from conf.schema import Config
 from conf.stage import provenance
 from conf.timing import seconds_of
 from eval.bench_picture import draw_bench
@@ -54,14 +55,13 @@ CUDA_ONLY = ("compile", "largest_batch")
 def measure(config: Config) -> dict[str, Any]:
     """The variants at every context and batch of `config.bench`."""
     bench = config.bench
-    on_gpu = config.launch.device is not Device.cpu and torch.cuda.is_available()
+    device = torch.device(pick_device(config.launch.device))
+    on_gpu = device.type == "cuda"
     for name in CUDA_ONLY:
         if getattr(bench, name) and not on_gpu:
             raise ValueError(f"bench.{name}=true needs a GPU; torch uses none here (launch.device)")
     dtype = torch_dtype(bench.dtype, not on_gpu, stored="auto")
-    device = torch.device("cuda" if on_gpu else "cpu")
-    original: Any = AutoModelForCausalLM.from_pretrained(local_model(config), dtype=dtype)
-    original.to(device).eval()
+    original: Any = load_model(local_model(config), dtype, NOT_OURS, config.model.revision, device)
     # Any text will do: how fast a step is does not depend on what the weights are.
     calibration = collect_statistics(original, [torch.arange(64)[None]])
     made: list[Any] = []

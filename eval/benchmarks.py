@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-import mha2mla  # noqa: F401  registers the classes of converted models
+from conf.checkpoint import load_model
 from conf.evaluation import BENCHMARKS
 from conf.models import data_folder
 from conf.precision import Dtype, torch_dtype
@@ -178,8 +178,7 @@ def main() -> None:
     rows = {}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for name, folder in models.items():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        model.to(device).eval()
+        model = load_model(folder, dtype, device=device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         found = {task: benchmarks.score(task, model, tokenizer, options.batch_size) for task in benchmarks.tasks}
         rows[name] = found | {"average": average(list(found.values()))}

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, QuantizedCache
+from transformers import AutoTokenizer, Cache, DynamicCache, QuantizedCache
 
+from conf.checkpoint import load_model
 from conf.precision import Dtype, torch_dtype
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
@@ -186,8 +187,7 @@ def main() -> None:
         parser.exit(1, f"error: no checkpoint in {options.model}\n")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch_dtype(Dtype.native, device == "cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    model.to(device).eval()
+    model = load_model(options.model, dtype, device=device)
     if not hasattr(model.config, "kv_lora_rank"):
         parser.exit(1, f"error: {options.model} is not a converted model: it has no latent to keep in few bits\n")
     tokenizer = AutoTokenizer.from_pretrained(options.model)

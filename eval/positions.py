@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import transformers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-import mha2mla  # noqa: F401  registers the classes of converted models
+from conf.checkpoint import load_model
 from conf.precision import native_autocast
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
@@ -78,7 +78,7 @@ def measure(models: dict[str, Path], documents: list[torch.Tensor]) -> dict[str,
     """Perplexity of every model in every range of positions, over all documents."""
     found = {}
     for name, folder in models.items():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = load_model(folder, torch.float32)
         total = sum(losses(model, document) for document in documents)
         assert isinstance(total, torch.Tensor)
         by_range = [total[max(0, first - 1) : last - 1] for first, last in ranges(len(documents[0]))]

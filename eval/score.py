@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-import mha2mla  # noqa: F401  registers the converted classes with the Auto classes
+from conf.checkpoint import load_model
 from conf.stage import write_json
 from eval.benchmarks import Benchmarks
 from eval.generate import CacheReading, NewCache, batches, coded_cache, generate, growing_cache
@@ -53,7 +52,8 @@ def score_model(
     if there:
         print(f"{name}: {there} scores are there already", flush=True)
     if wanted:
-        model = load_model(path, revision, inputs.dtype, device)
+        logging.disable_progress_bar()
+        model = load_model(path, inputs.dtype, revision=revision, device=device)
         new_cache = growing_cache if cache_bits is None else coded_cache(cache_bits)
         tokens = sum(text.tokens for text, _ in open_texts) + sum(each.tokens for each, _ in open_tasks)
         with Progress(name, tokens) as progress:
@@ -88,12 +88,6 @@ def is_done(file: Path, digest: str, version: str | None = None) -> bool:
         return False
     stored = json.loads(file.read_text())
     return stored["inputs"] == digest and stored.get("version") == version
-
-
-def load_model(path: str, revision: str | None, dtype: torch.dtype, device: str) -> Any:
-    logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision)
-    return model.to(device).eval()
 
 
 def score_text(model: Any, text: TextInputs, progress: Progress) -> dict[str, Any]:

@@ -18,8 +18,9 @@ import hydra
 import torch
 import transformers
 from omegaconf import DictConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from conf.checkpoint import NOT_OURS, load_model
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import plain, write_result
@@ -47,8 +48,8 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
     if not study.text or not Path(study.text).is_file():
         raise ValueError(f"study.text={study.text}: give a plain text file to measure perplexity on")
     source = local_model(config)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    model: Any = load_model(source, torch.float32, NOT_OURS, config.model.revision)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=config.model.revision)
     windows = text_windows(tokenizer, Path(study.text), study.sequence_length, study.tokens)
     points = [(name, point, ConversionOptions.from_config(point)) for name, point in chosen_points(study)]
     for _, _, options in points:

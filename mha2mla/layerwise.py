@@ -11,7 +11,7 @@ import torch
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from mha2mla.families import attention_layers
-from mha2mla.target import rotate_positions
+from mha2mla.target import rotate_positions, slides
 
 
 class Passed(NamedTuple):
@@ -53,9 +53,7 @@ def surroundings(model: Any, index: int, states: torch.Tensor) -> dict[str, Any]
     """What a decoder gives layer `index` beside its states."""
     config = model.config
     positions = torch.arange(states.shape[1], device=states.device)[None]
-    types = getattr(config, "layer_types", None)
-    slides = types[index] == "sliding_attention" if types else getattr(config, "sliding_window", None) is not None
-    mask = create_sliding_window_causal_mask if slides else create_causal_mask
+    mask = create_sliding_window_causal_mask if slides(config, index) else create_causal_mask
     return {
         "attention_mask": mask(
             config=config, inputs_embeds=states, attention_mask=None, past_key_values=None, position_ids=positions

@@ -5,7 +5,7 @@ converted layers below make of the text, so a layer also learns to live with the
 stand in memory, and a step costs a small part of a step through the whole model: no other layer, no vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,20 @@ import torch
 from mha2mla.families import attention_layers, latent_layers
 from mha2mla.layerwise import attention_input, embed, pass_layer, surroundings
 
+RATE = 5e-3  # best or within 3 % of it in every layer of two families that was tried (docs/log.md)
+CHECKS = 8  # times that a fit is judged on held-out text
+HELD_OUT = 8  # one sequence of so many is not fitted on
+SLOWER = 0.25  # of the rate, after a check that found a worse state than an earlier one
+
 
 @dataclass
 class LayerFit:
-    """Squared error of one layer's attention output relative to it, on the first batch of text, before and after."""
+    """Squared error of one layer's attention output relative to it, on sequences that it is not fitted on: of the
+    closed form, and of the state that was kept. `step` is the one that state was reached at; 0: the closed form."""
 
     before: float
     after: float
+    step: int = 0
 
 
 def reconstruct(
@@ -28,20 +35,21 @@ def reconstruct(
     converted: Any,
     batches: Iterable[torch.Tensor],
     steps: int,
-    learning_rate: float = 1e-3,
+    learning_rate: float = RATE,
     on_layer: Callable[[int, LayerFit], None] | None = None,
 ) -> list[LayerFit]:
     """Train the attention weights of `converted` in place; the original and all other weights stay as they are.
 
-    batches: input_ids [B, S] of whole sequences without padding; they are gone through again and again.
+    batches: input_ids [B, S] of complete sequences without padding; they are gone through again and again, but for
+        one of eight, on which every layer is judged: it keeps the best state that it met, at worst its closed form.
     steps: optimiser steps a layer, one sequence each: many small steps do more than few large ones (docs/log.md).
+    learning_rate: relative to the root mean square of every weight, so that one suits layers and families of any scale.
     `on_layer` is told of every finished layer.
     Run it under torch.autocast for speed; weights of half precision are trained in float32 and stored back.
-    Raises ValueError without a batch.
+    Raises ValueError with fewer than two sequences.
     """
     ids = [sequence for batch in batches for sequence in batch.split(1)]
-    if not ids:
-        raise ValueError("reconstruction needs at least one batch of calibration text")
+    check_sequences(len(ids), steps)
     teacher, student = original.base_model, converted.base_model
     device, latent = next(student.parameters()).device, dict(latent_layers(converted))
     with torch.no_grad():
@@ -54,6 +62,15 @@ def reconstruct(
         if on_layer:
             on_layer(index, fit)
     return fits
+
+
+def check_sequences(number: int, steps: int) -> None:
+    """ValueError unless there is a sequence to fit on and one to judge by."""
+    if steps and number < 2:
+        raise ValueError(
+            "reconstruction fits layers on some sequences of calibration text and judges them on others: it needs "
+            f"at least 2, not {number} (calibration.tokens of twice calibration.sequence_length)"
+        )
 
 
 def fit_layer(
@@ -114,39 +131,68 @@ def fit_attention(
     steps: int,
     learning_rate: float,
 ) -> LayerFit:
-    """Adam on one layer's attention, from its closed-form start, with a learning rate that falls to zero."""
+    """Adam on one layer's attention, from its closed form, with a rate that falls to zero; the last of `inputs` are
+    held out. A state that is worse on them than an earlier one is given up for that one, and the rate lowered."""
     attention = attention_layers(model)[index]
     dtype = next(attention.parameters()).dtype
     attention.float()
     parameters = list(attention.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95))
-    total = sum(float((target.float() * scale).square().mean()) for target, scale in zip(targets, scales, strict=True))
+    optimizer = relative_adam(parameters)
+    held = -(-len(inputs) // HELD_OUT)
+    fitted_on = len(inputs) - held
 
-    def loss(number: int) -> torch.Tensor:
+    def error(number: int) -> torch.Tensor:
         states = inputs[number].float()  # in training a layer of half precision stands in float32
         output = attention(hidden_states=states, **surroundings(model, index, states))[0]
-        error = output.float() - targets[number].float()
-        return (error * scales[number]).square().mean() * (len(targets) / total)
+        return ((output.float() - targets[number].float()) * scales[number]).square().mean()
 
-    def measured() -> float:
+    size = sum(relative_size(*pair) for pair in zip(targets, scales, strict=True)) / len(targets)
+
+    def judged() -> float:
+        torch.clear_autocast_cache()  # it holds the weights in half precision as they were before the last step
         with torch.no_grad():
-            return float(loss(0))
+            return sum(float(error(number)) for number in range(fitted_on, len(inputs))) / held / size
 
-    before = measured()
-    for step, number in enumerate(rounds(len(inputs), steps)):
+    fit = LayerFit(before := judged(), before)
+    best = [parameter.detach().clone() for parameter in parameters]
+    for step, number in enumerate(rounds(fitted_on, steps), 1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * (1 - step / steps)
-        value = loss(number)
-        for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
+            group["lr"] = learning_rate * group["scale"] * (1 - (step - 1) / steps)
+        gradients = torch.autograd.grad(error(number) / size, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
-        torch.clear_autocast_cache()  # it holds the weights in half precision as they were before the step
+        torch.clear_autocast_cache()
+        if step % max(1, steps // CHECKS) and step < steps:
+            continue
+        if (found := judged()) < fit.after:
+            fit.after, fit.step = found, step
+            copy_all(best, parameters)
+        else:
+            copy_all(parameters, best)
+            optimizer.state.clear()
+            learning_rate *= SLOWER
     for parameter in parameters:
         parameter.grad = None
-    after = measured()
     torch.clear_autocast_cache()  # or every layer's would stay until the last is done
     attention.to(dtype)
-    return LayerFit(before, after)
+    return fit
+
+
+def relative_adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Adam:
+    """Adam whose groups know the root mean square of their weight as `scale`."""
+    groups = [{"params": [each], "scale": float(each.detach().square().mean().sqrt())} for each in parameters]
+    return torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+
+def relative_size(target: torch.Tensor, scale: torch.Tensor) -> float:
+    return float((target.float() * scale).square().mean())
+
+
+@torch.no_grad()
+def copy_all(into: Sequence[torch.Tensor], source: Sequence[torch.Tensor]) -> None:
+    for old, new in zip(into, source, strict=True):
+        old.copy_(new)
 
 
 def rounds(batches: int, steps: int) -> Iterator[int]:

@@ -27,7 +27,7 @@ from mha2mla.layer import LayerReport, convert_layer
 from mha2mla.layerwise import embed, pass_layer
 from mha2mla.memory import hand_back
 from mha2mla.options import ConversionOptions
-from mha2mla.reconstruct import LayerFit, fit_to, pass_targets
+from mha2mla.reconstruct import RATE, LayerFit, check_sequences, fit_to, pass_targets
 from mha2mla.rotation import Rotation
 from mha2mla.self_check import check_layer, first_of_every_kind, require_exact
 from mha2mla.shards import Shards, without_weights, write_index, write_shard
@@ -54,7 +54,7 @@ class Progress:
     layers: int = 0
     error: float = 0.0
     reports: list[dict[str, Any]] = field(default_factory=list)
-    fits: list[dict[str, float]] = field(default_factory=list)
+    fits: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -71,7 +71,7 @@ def convert_streamed(
     calibration: list[torch.Tensor],
     heldout: list[torch.Tensor],
     steps: int = 0,
-    learning_rate: float = 1e-3,
+    learning_rate: float = RATE,
     device: str = "cpu",
     on_layer: Callable[[int, LayerFit], None] | None = None,
     forget: bool = True,
@@ -88,6 +88,8 @@ def convert_streamed(
     job = start(Path(source), output, options, steps, learning_rate, device)
     if needs_calibration(job.options) and not calibration:
         raise ValueError(f"{', '.join(needs_calibration(job.options))}: looks at calibration text; give some")
+    if calibration:
+        check_sequences(sum(len(batch) for batch in calibration), steps)
     progress = read_progress(output, key_of(job, [calibration, heldout]))
     layers = job.config.num_hidden_layers
     if progress.layers:

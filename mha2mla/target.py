@@ -17,9 +17,7 @@ def chosen_layers(config: Any, options: ConversionOptions) -> list[int]:
     number = config.num_hidden_layers
     if options.layers == "all":
         return list(range(number))
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * number
-    chosen = [index for index in range(number) if types[index] != "sliding_attention"]
+    chosen = [index for index in range(number) if not slides(config, index)]
     if not chosen:
         raise ValueError("layers=full-attention: every layer of this model has a sliding window; use layers=all")
     return chosen
@@ -36,16 +34,30 @@ def rotations_of(model: Any) -> list[Rotation]:
 
 def rotations(rotary: Any, config: Any) -> list[Rotation]:
     found: dict[Any, Rotation] = {}
-    kinds = [layer_kind(rotary, config, index) for index in range(config.num_hidden_layers)]
+    kinds = [
+        (*layer_kind(rotary, config, index), context_of(config, index)) for index in range(config.num_hidden_layers)
+    ]
     for kind in set(kinds):
-        name, rotates = kind
+        name, rotates, context = kind
         prefix = f"{name}_" if name else ""
         frequencies = getattr(rotary, f"{prefix}inv_freq").float()
         scale = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
         if not rotates:
             frequencies, scale = torch.zeros_like(frequencies), 1.0
-        found[kind] = Rotation(frequencies, scale, config.max_position_embeddings)
+        found[kind] = Rotation(frequencies, scale, context)
     return [found[kind] for kind in kinds]
+
+
+def context_of(config: Any, index: int) -> int:
+    """The farthest that layer `index` looks back, in tokens: its window, or all positions."""
+    longest, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
+    return min(longest, window) if window and slides(config, index) else longest
+
+
+def slides(config: Any, index: int) -> bool:
+    """Whether layer `index` attends to a sliding window."""
+    types = getattr(config, "layer_types", None)
+    return types[index] == "sliding_attention" if types else bool(getattr(config, "sliding_window", None))
 
 
 def layer_kind(rotary: Any, config: Any, index: int) -> tuple[str | None, bool]:

@@ -6,6 +6,7 @@ Writes a checkpoint that loads by itself, and `conversion.json`: what was asked 
 perplexity of original and converted model on text that no later stage trains on.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -40,6 +41,7 @@ from mha2mla import (
     resolve_options,
 )
 from mha2mla.compare import Comparison, compare
+from mha2mla.families import attention_layers, latent_layers
 from mha2mla.reconstruct import LayerFit
 from mha2mla.streaming import PROGRESS, STATE, convert_streamed, forget_progress
 from train.checkpoint import appearing_in
@@ -71,8 +73,7 @@ def load_pretrained(config: Config) -> Any:
     """The original model on the device that conversion runs on."""
     device = pick_device(config.launch.device)
     dtype = torch_dtype(config.model.dtype, device == "cpu", stored="auto")
-    model: Any = load_model(local_model(config), dtype, NOT_OURS, revision=config.model.revision)
-    return model.to(device).eval()
+    return load_model(local_model(config), dtype, NOT_OURS, config.model.revision, device)
 
 
 def convert_model(config: Config, folder: Path) -> dict[str, Any]:
@@ -89,10 +90,10 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
     print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)
     found = report.to_dict()
     if config.mla.reconstruction_steps:
-        found["comparison_before_reconstruction"] = asdict(compare(model, converted, heldout))
-        with native_autocast(model.device.type):
-            found["reconstruction"] = fit_layers(model, converted, calibration, config)
-    comparison = compare(model, converted, heldout)
+        comparison, fits = reconstructed(model, converted, calibration, heldout, config)
+        found |= fits
+    else:
+        comparison = compare(model, converted, heldout)
     with appearing_in(folder) as whole:
         converted.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
@@ -128,8 +129,8 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
     report = found.report
     print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)
     tokenizer.save_pretrained(folder)
-    fits, comparison = [asdict(fit) for fit in found.fits], asdict(found.comparison)
-    write_json(folder / "conversion.json", report.to_dict() | {"reconstruction": fits, "comparison": comparison})
+    fits = described(found.fits) if mla.reconstruction_steps else {}
+    write_json(folder / "conversion.json", report.to_dict() | fits | {"comparison": asdict(found.comparison)})
     tokens = sum(batch.numel() for batch in calibration)
     return metrics(report, found.comparison, tokens, torch.device(device))
 
@@ -174,14 +175,41 @@ def metrics(report: ConversionReport, comparison: Comparison, tokens: int, devic
     }
 
 
-def fit_layers(model: Any, converted: Any, calibration: list[torch.Tensor], config: Config) -> list[dict[str, float]]:
-    """Layer-wise reconstruction on the calibration text."""
-    mla = config.mla
-    with layer_progress(model.config.num_hidden_layers, "reconstructed") as on_layer:
-        fits = reconstruct(
-            model, converted, calibration, mla.reconstruction_steps, mla.reconstruction_learning_rate, on_layer
-        )
-    return [asdict(fit) for fit in fits]
+def reconstructed(
+    model: Any, converted: Any, calibration: list[torch.Tensor], heldout: list[torch.Tensor], config: Config
+) -> tuple[Comparison, dict[str, Any]]:
+    """Layer-wise reconstruction on the calibration text, taken back where the model as a whole is worse for it."""
+    closed, mla = compare(model, converted, heldout), config.mla
+    weights = [(layer, copy.deepcopy(layer.state_dict())) for _, layer in latent_layers(converted)]
+    steps, rate = mla.reconstruction_steps, mla.reconstruction_learning_rate
+    with native_autocast(model.device.type), layer_progress(len(attention_layers(model)), "reconstructed") as on_layer:
+        fits = reconstruct(model, converted, calibration, steps, rate, on_layer)
+    comparison, found = compare(model, converted, heldout), described(fits)
+    found |= {"comparison_before_reconstruction": asdict(closed), "reconstruction_kept": True}
+    if comparison.kl_divergence <= closed.kl_divergence:
+        return comparison, found
+    print(
+        "convert: reconstruction made the model as a whole worse on held-out text (divergence from the original "
+        f"{closed.kl_divergence:.3f} -> {comparison.kl_divergence:.3f}): all layers keep their closed form",
+        flush=True,
+    )
+    for layer, state in weights:
+        layer.load_state_dict(state)
+    return closed, found | {"reconstruction_kept": False}
+
+
+def described(fits: list[LayerFit]) -> dict[str, Any]:
+    """The fits as the report has them, and a line that says which layers gained."""
+    fitted = [fit for fit in fits if fit.before]
+    still = [str(index) for index, fit in enumerate(fits) if fit.before and fit.step == 0]
+    before, after = (sum(getattr(fit, side) for fit in fitted) / max(1, len(fitted)) for side in ("before", "after"))
+    gained = len(fitted) - len(still)
+    print(
+        f"convert: reconstruction lowered the error on held-out text in {gained} of {len(fits)} layers, "
+        f"{before:.4f} -> {after:.4f} in the mean" + (f"; closed form kept in {', '.join(still)}" if still else ""),
+        flush=True,
+    )
+    return {"reconstruction": [asdict(fit) for fit in fits], "layers_that_gained": gained}
 
 
 @contextmanager

@@ -57,11 +57,7 @@ def compare(model: Any, folder: Path, form: ExportForm) -> dict[str, Any]:
     """Relative error of the logits of 64 tokens, and whether 16 greedy tokens after them are the same; ValueError if
     the export is not the same function."""
     if form is ExportForm.native:
-        load: Any = DeepseekV3ForCausalLM.from_pretrained  # with its report, or without
-        other, loading = load(folder, dtype=model.dtype, output_loading_info=True)
-        wrong = {name: sorted(keys)[:3] for name, keys in loading.items() if keys}
-        if wrong:
-            raise ValueError(f"the native checkpoint does not load strictly: {wrong}")
+        other: Any = load_model(folder, model.dtype, model_class=DeepseekV3ForCausalLM)
     else:
         other = load_model(folder, model.dtype)
     generator = torch.Generator().manual_seed(0)

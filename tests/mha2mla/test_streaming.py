@@ -1,14 +1,16 @@
 """Layer by layer gives what the whole model in memory gives, in every family; a killed run goes on to the same bits."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mha2mla import ConversionOptions, collect_statistics, convert, reconstruct
+from mha2mla import ConversionOptions, collect_statistics, convert, reconstruct, to_served
 from mha2mla.compare import compare
 from mha2mla.shards import write_shard
 from mha2mla.streaming import PROGRESS, STATE, convert_streamed
@@ -165,3 +167,108 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="No space left on device.*make room, and run the same command again"):
         write_shard(tmp_path / "model.safetensors", {"a": torch.zeros(2)})
     assert not list(tmp_path.iterdir())
+
+
+FULL = ConversionOptions(rope_dim=16, kv_lora_rank=16, partial_rope="rotation-cost", rope_basis="principal")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Change the tensors of a checkpoint of one file."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+def streamed_logits(folder: Path, output: Path) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Of what transformers loads from a folder and of its exact conversion layer by layer, and the perplexity that the
+    conversion says the original has."""
+    found = convert_streamed(folder, output, FULL, TEXT, HELDOUT)
+    original, converted = (AutoModelForCausalLM.from_pretrained(each, dtype="auto") for each in (folder, output))
+    assert original.dtype == converted.dtype
+    with torch.no_grad():
+        return original(tokens()).logits, converted(tokens()).logits, found.comparison.perplexity_original
+
+
+def own_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    head = torch.randn(96, 32, generator=torch.Generator().manual_seed(7)) * 0.3
+    return tensors | {"lm_head.weight": head}
+
+
+CHECKPOINTS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
+    "a head of its own, configured as tied": own_head,
+    "a head that equals the embedding": lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()},
+    "a head and no embedding": lambda t: {n.replace("model.embed_tokens", "lm_head"): w for n, w in t.items()},
+    "the decoder's own names": lambda t: {n.removeprefix("model."): w for n, w in t.items()},
+    "an embedding of another dtype": lambda t: t | {"model.embed_tokens.weight": t["model.embed_tokens.weight"].half()},
+    "frequencies of an old version": lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_what_is_converted_is_what_transformers_loads(name: str, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "original")
+    rewrite(tmp_path / "original", CHECKPOINTS[name])
+    expected, got, perplexity = streamed_logits(tmp_path / "original", tmp_path / "out")
+    assert relative(got, expected) < 1e-4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    whole, _ = convert(model, FULL, collect_statistics(model, TEXT))
+    assert relative(whole(tokens()).logits, expected) < 1e-4
+    assert perplexity == pytest.approx(compare(model, whole, HELDOUT).perplexity_original, rel=1e-4)
+
+
+def test_a_head_of_its_own_survives_saving_and_the_served_form(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "original")
+    rewrite(tmp_path / "original", own_head)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    converted, _ = convert(model, FULL, collect_statistics(model, TEXT))
+    converted.save_pretrained(tmp_path / "saved")
+    for other in (AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), to_served(converted)):
+        assert not other.config.tie_word_embeddings
+        assert relative(other(tokens()).logits, model(tokens()).logits) < 1e-3
+
+
+def test_of_two_sets_of_weights_the_one_that_transformers_reads(tmp_path: Path) -> None:
+    """An earlier sharded save of another model, and a later one in a single file."""
+    folder = tmp_path / "original"
+    tiny_model(seed=1).save_pretrained(folder, max_shard_size="20KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    tiny_model(seed=2).save_pretrained(tmp_path / "later")
+    (folder / "model.safetensors").write_bytes((tmp_path / "later" / "model.safetensors").read_bytes())
+    expected, got, _ = streamed_logits(folder, tmp_path / "out")
+    assert relative(got, expected) < 1e-4
+    assert relative(got, tiny_model(seed=1)(tokens()).logits) > 0.1  # control: the other set is another model
+
+
+def test_the_dtype_is_the_one_that_transformers_takes(tmp_path: Path) -> None:
+    """The configuration's, and where it names none that of the first numbers in the file."""
+    folder = tmp_path / "original"
+    tiny_model().bfloat16().save_pretrained(folder)
+    rewrite(folder, lambda t: {n: w.float() if "layers.1" in n else w for n, w in t.items()})
+    streamed_logits(folder, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if name != "dtype"}))
+    streamed_logits(folder, tmp_path / "again")
+
+
+def test_missing_and_foreign_tensors_and_a_lost_index_are_named_before_work_begins(tmp_path: Path) -> None:
+    folder = tmp_path / "original"
+    tiny_model().save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    wrong = {
+        "lacks 1 tensor .model.layers.1.mlp.up_proj.weight": {n: w for n, w in stored.items() if "1.mlp.up" not in n},
+        "holds besides its model 1 tensor .score.weight": stored | {"score.weight": torch.ones(2)},
+        r"model.norm.weight as \(31,\), its configuration as \(32,\)": stored | {"model.norm.weight": torch.ones(31)},
+    }
+    for message, tensors in wrong.items():
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            convert_streamed(folder, tmp_path / "out", FULL, TEXT, [], on_layer=killed_at_once)
+    tiny_model().save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    index = folder / "model.safetensors.index.json"
+    for text in ("[]", "{", '{"weight_map": 3}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="is no index of a checkpoint"):
+            convert_streamed(folder, tmp_path / "out", FULL, TEXT, [])
+    index.unlink()
+    with pytest.raises(ValueError, match="safetensors files .model-00001.* but no model.safetensors.index.json"):
+        convert_streamed(folder, tmp_path / "out", FULL, TEXT, [])
