@@ -30,6 +30,7 @@ from data.sources import list_parts, read_texts
 from data.windows import text_windows
 from mha2mla import QuantizedLatentCache, cache_bytes, calibrate_ranges, rotate_latents
 from mha2mla.families import latent_layers
+from mha2mla.output_head import next_token_losses, perplexity_of
 from mha2mla.quantization import Range
 from mha2mla.quantized_cache import LayerRanges
 
@@ -77,9 +78,10 @@ def decoding_perplexity(model: Any, windows: torch.Tensor, cache: Cache, shown: 
     total = torch.zeros((), dtype=torch.float64)
     ids = windows.to(model.device)
     for place in tqdm(range(ids.shape[1] - 1), desc=shown, unit="token", leave=False, disable=None):
-        logits = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1].float()
-        total += torch.nn.functional.cross_entropy(logits, ids[:, place + 1], reduction="sum").double().cpu()
-    return math.exp(float(total) / (ids.shape[0] * (ids.shape[1] - 1)))
+        token, following = ids[:, place : place + 1], ids[:, place + 1 : place + 2]
+        losses = next_token_losses(model, token, following, past_key_values=cache, use_cache=True)
+        total += losses.double().sum().cpu()
+    return perplexity_of(float(total) / (ids.shape[0] * (ids.shape[1] - 1)))
 
 
 def bytes_a_token(cache: Cache) -> tuple[float, int]:
