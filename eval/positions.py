@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mha2mla  # noqa: F401  registers the classes of converted models
-from conf.precision import native_autocast
+from conf.precision import computes_bfloat16, native_autocast
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
@@ -120,6 +120,7 @@ def main() -> None:
         "perplexity": rows,
         "documents": len(documents),
         "length": options.length,
+        "dtype": "bfloat16 (autocast)" if computes_bfloat16(on_cpu=True) else "float32",
         "files": [Path(file).name for file in options.files],
         "provenance": provenance(),
     }
