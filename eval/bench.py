@@ -7,6 +7,9 @@ slows them alike: the original attention, latent attention that expands its cach
 attends the latent itself, and that with its latent in few bits, with ranges by token or calibrated by channel. Writes
 `outputs/<model>/bench.json` and `bench.png`.
 
+`cache_against_original` counts a number that is not coded as 2 bytes on both sides, whatever dtype the bench runs in;
+`cache_bytes` are those that were held.
+
 Memory is weights, cache and what a prompt or a step takes beside them. `bandwidth_share` is what weights and cache
 alone, read once a step, are of the bytes that a plain copy moves in that time.
 """
@@ -33,7 +36,7 @@ from conf.models import local_model
 from conf.plan import plain, write_result
 from conf.precision import torch_dtype
 from conf.schema import Config
-from conf.stage import provenance
+from conf.stage import hardware, provenance
 from conf.timing import seconds_of
 from eval.bench_picture import draw_bench
 from eval.decoding import Decoding, NewCache, Variant, compiled, copy_bandwidth, largest_batch, own_cache
@@ -78,7 +81,7 @@ def measure(config: Config) -> dict[str, Any]:
             for context, batch in sizes
         ]
     result = {
-        "bench": plain(bench) | {"dtype": str(original.dtype).removeprefix("torch."), "device": device.type},
+        "bench": plain(bench) | {"dtype": str(original.dtype).removeprefix("torch."), **place_of(device)},
         "model": config.model.name,
         "cache_numbers": report.cache_size,
         "conversion_seconds": seconds,  # the closed form, without calibration and reconstruction
@@ -95,6 +98,13 @@ def measure(config: Config) -> dict[str, Any]:
             for context in bench.contexts
         }
     return result | {"provenance": provenance()}
+
+
+def place_of(device: torch.device) -> dict[str, Any]:
+    """What a speed holds for beside the dtype."""
+    if device.type == "cuda":
+        return {"device": "cuda", "chip": torch.cuda.get_device_name(device)}
+    return {"device": device.type, "chip": hardware().get("cpu"), "threads": torch.get_num_threads()}
 
 
 def variants_of(original: Any, converted: Any, bench: BenchConfig) -> list[Variant]:
@@ -173,19 +183,22 @@ def row(each: Decoding, original: Decoding | None, bandwidth: float) -> dict[str
         "seconds_per_step": step,
         "tokens_per_second": each.batch / step,
         "cache_bytes": each.cache_bytes,
+        "cache_bytes_16_bit": each.cache_bytes_16_bit,
         "prompt_memory_bytes": each.prompt_memory,
         "step_memory_bytes": each.step_memory,
         "bandwidth_share": (each.variant.weight_bytes + each.cache_bytes) / step / bandwidth,
     }
     if original:
         found["speed_against_original"] = statistics.median(original.seconds) / step
-        found["cache_against_original"] = each.cache_bytes / original.cache_bytes
+        found["cache_against_original"] = each.cache_bytes_16_bit / original.cache_bytes_16_bit
     return found
 
 
 def show(result: dict[str, Any]) -> None:
+    bench = result["bench"]
+    print(f"in {bench['dtype']} on {bench['device']}: {bench['chip']}" + threads(bench))
     for place in result["grid"]:
-        setting = f"batch {place['batch']}, {place['context']:,} cached tokens, {result['bench']['dtype']}"
+        setting = f"batch {place['batch']}, {place['context']:,} cached tokens, {bench['dtype']}"
         table = Table(title=f"decode: {setting}")
         for heading in ("", "first token", "tokens/s", "speed", "cache MiB", "cache", "GiB"):
             table.add_column(heading, justify="right" if heading else "left")
@@ -194,6 +207,10 @@ def show(result: dict[str, Any]) -> None:
         Console(width=80).print(table)
     for context, batches in result.get("largest_batch", {}).items():
         print(f"largest batch at {context:,} tokens: " + ", ".join(f"{name} {size}" for name, size in batches.items()))
+
+
+def threads(bench: dict[str, Any]) -> str:
+    return f", {bench['threads']} threads" if "threads" in bench else ""
 
 
 def cells(found: dict[str, Any]) -> list[str]:

@@ -16,7 +16,10 @@ def draw_bench(result: dict[str, Any], file: Path) -> None:
     contexts = sorted({place["context"] for place in result["grid"]})
     batches = sorted({place["batch"] for place in result["grid"]})
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), dpi=130, layout="constrained")
-    figure.suptitle(f"{result['model']}, {result['bench']['dtype']} on {result['bench']['device']}", fontsize=12)
+    bench = result["bench"]
+    title = f"{result['model']}, {bench['dtype']} on {bench.get('chip') or bench['device']}"
+    title += f", {bench['threads']} threads" if "threads" in bench else ""
+    figure.suptitle(title, fontsize=12)
     for panel, key, label, unit in (
         (axes[0], "tokens_per_second", "decoded tokens/s", 1),
         (axes[1], "cache_bytes", "cache (MiB, measured)", 2**20),

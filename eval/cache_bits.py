@@ -5,7 +5,8 @@
 
 Every window of the text is fed through the cache one token at a time, so each token is predicted from what the cache
 hands out; all windows together are a batch. Writes OUTPUT.json: perplexity, bytes that a coded token takes in the cache
-as measured, those of the tokens kept whole, and the reduction against `--original` numbers a layer in 16 bits.
+as measured, the number of tokens kept whole, which are not in the bytes, and the reduction against `--original` numbers
+a layer in 16 bits. Numbers that are not coded count 2 bytes, whatever the machine holds them in.
 
 `--stock` measures transformers' own quantised caches on the same windows too, those whose packages are installed
 (quanto: optimum-quanto, hqq: hqq). Their bytes are of all tokens, the latest kept whole included.
@@ -30,7 +31,9 @@ from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
 from data.windows import text_windows
 from mha2mla import QuantizedLatentCache, cache_bytes, calibrate_ranges, rotate_latents
+from mha2mla.cache import storage_bytes
 from mha2mla.families import latent_layers
+from mha2mla.output_head import next_token_losses, perplexity_of
 from mha2mla.quantization import Range
 from mha2mla.quantized_cache import LayerRanges
 
@@ -67,7 +70,7 @@ def measure_stock(model: Any, windows: torch.Tensor, add: Callable[..., None]) -
             reason = "not installed" if isinstance(error, ImportError) else f"not measured: {error}"
             print(shorten(f"  {backend} {reason}", 80), flush=True)
             continue
-        held = cache_bytes(cache) / (windows.shape[0] * (windows.shape[1] - 1))
+        held = cache_bytes(cache, number_bytes=2) / (windows.shape[0] * (windows.shape[1] - 1))
         bits = 8 if backend == "fp8" else STOCK_BITS
         add(held, found, None, stock=backend, bits=bits, rope_bits=bits)
 
@@ -78,9 +81,10 @@ def decoding_perplexity(model: Any, windows: torch.Tensor, cache: Cache, shown: 
     total = torch.zeros((), dtype=torch.float64)
     ids = windows.to(model.device)
     for place in tqdm(range(ids.shape[1] - 1), desc=shown, unit="token", leave=False, disable=None):
-        logits = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1].float()
-        total += torch.nn.functional.cross_entropy(logits, ids[:, place + 1], reduction="sum").double().cpu()
-    return math.exp(float(total) / (ids.shape[0] * (ids.shape[1] - 1)))
+        token, following = ids[:, place : place + 1], ids[:, place + 1 : place + 2]
+        losses = next_token_losses(model, token, following, past_key_values=cache, use_cache=True)
+        total += losses.double().sum().cpu()
+    return perplexity_of(float(total) / (ids.shape[0] * (ids.shape[1] - 1)))
 
 
 def bytes_a_token(cache: Cache) -> tuple[float, int]:
@@ -91,7 +95,7 @@ def bytes_a_token(cache: Cache) -> tuple[float, int]:
         buffers = [rows.buffer for store in layer.stores for rows in store.rows.values()]
         if any(buffer is None for buffer in buffers):
             raise ValueError("no token was coded: the windows must be longer than the first and latest tokens together")
-        total += sum(buffer.nbytes / (buffer.shape[0] * buffer.shape[2]) for buffer in buffers)
+        total += sum(storage_bytes(buffer, 2) / (buffer.shape[0] * buffer.shape[2]) for buffer in buffers)
     return total, layers[0].sinks[0].shape[2] + layers[0].recent[0].shape[2]
 
 
@@ -191,6 +195,7 @@ def main() -> None:
     if not hasattr(model.config, "kv_lora_rank"):
         parser.exit(1, f"error: {options.model} is not a converted model: it has no latent to keep in few bits\n")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
+    print(f"decoding in {str(dtype).removeprefix('torch.')} on {device}; bytes of a coded token, numbers in 16 bits")
     print("bits  rope  ranges               bytes a token      cut perplexity    change")
     try:
         windows = torch.stack(text_windows(tokenizer, options.text, options.length, options.tokens))

@@ -68,6 +68,7 @@ class Decoding:
         else:
             self.fill(context)
         self.cache_bytes = cache_bytes(self.cache)
+        self.cache_bytes_16_bit = cache_bytes(self.cache, number_bytes=2)
         taken = max(peak_bytes(variant.device) - before, self.cache_bytes)
         self.prompt_memory = variant.weight_bytes + taken if counts and prefill else None
         self.step_memory: int | None = None

@@ -6,6 +6,7 @@ The original's scores are a stage of their own, made once for all points of a sw
 at a time. Both stages end in a `scores.json`; a killed run goes on where it stopped (eval/score.py).
 """
 
+import json
 from collections.abc import Iterable
 
 import hydra
@@ -39,11 +40,27 @@ def run_evaluate(config: Config) -> None:
     device, model = pick_device(config.launch.device), local_model(config)
     inputs = prepare(config, model, plan.sample.folder, device)
     describe(inputs, device)
+    check_kept(plan, config, str(inputs.dtype).removeprefix("torch."))
     if config.force or not plan.original.record():
         score_stage(plan.original, {"original": model}, config.model.revision, inputs, config, device)
     if config.force or not plan.evaluate.record():
         healed = {"converted": str(plan.convert.folder), "healed": str(plan.finetune.folder)}
         score_stage(plan.evaluate, healed, None, inputs, config, device, config.eval.cache_bits)
+
+
+def check_kept(plan: Plan, config: Config, dtype: str) -> None:
+    """ValueError if scores that will be kept were made in another dtype, on another machine as a rule."""
+    for stage in () if config.force else (plan.original, plan.evaluate):
+        if stage.record() is None:
+            continue
+        for name, scores in json.loads((stage.folder / "scores.json").read_text()).items():
+            if scores["dtype"] != dtype:
+                raise ValueError(
+                    f"{stage.folder} holds scores of the {name} model in {scores['dtype']}, but "
+                    f"eval.dtype={config.eval.dtype.value} is {dtype} on this machine, and scores in different dtypes "
+                    f"do not compare; give eval.dtype={dtype}, which scores all models again, or run where "
+                    f"{scores['dtype']} is native"
+                )
 
 
 def score_stage(

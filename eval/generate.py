@@ -35,13 +35,15 @@ class CacheReading:
     positions: int = 0
     layers: int = 0
     largest: int = 0  # bytes of the largest batch
+    bytes_16_bit: int = 0  # with its numbers in 16 bits, whatever the model runs in: what reductions are made of
 
     def add(self, cache: Any, batch: int) -> None:
-        held = cache_bytes(cache)
-        self.join(CacheReading(held, batch * cache.get_seq_length(), len(cache.layers), held))
+        held, positions = cache_bytes(cache), batch * cache.get_seq_length()
+        self.join(CacheReading(held, positions, len(cache.layers), held, cache_bytes(cache, number_bytes=2)))
 
     def join(self, other: "CacheReading") -> None:
         self.bytes += other.bytes
+        self.bytes_16_bit += other.bytes_16_bit
         self.positions += other.positions
         self.layers = other.layers
         self.largest = max(self.largest, other.largest)

@@ -4,7 +4,7 @@
 
 Every run was fine-tuned with `eval.perplexity_text=FILE`, which the trainer then measures whenever it validates. Writes
 OUTPUT.json (a curve a run, what it was trained with, and how many times fewer tokens it needed than the run of the same
-cache size whose name begins like the reference) and OUTPUT.png.
+cache size and precision whose name begins like the reference) and OUTPUT.png.
 """
 
 import argparse
@@ -54,9 +54,12 @@ def saved_tokens(row: dict[str, Any], rows: list[dict[str, Any]], reference: str
     """How many times more tokens the reference took to a perplexity that `row` has too, calibration text included.
 
     Of the measured points the one that saves most; `at_least` where the reference never came to it, and its whole
-    training counts. None where no other run of the same cache size is called so, or where `row` never comes as far.
+    training counts. None where no other run of the same cache size and precision is called so, or where `row` never
+    comes as far.
     """
-    others = [other for other in rows if other["name"].startswith(reference) and other["reduction"] == row["reduction"]]
+    same = ("reduction", "mixed_precision")
+    others = [other for other in rows if other["name"].startswith(reference)]
+    others = [other for other in others if all(other[name] == row[name] for name in same)]
     if not others or row in others:
         return None
     points = []
@@ -135,6 +138,7 @@ def main() -> None:
         saved = f"  {times_fewer(row['saved'])} fewer" if row["saved"] else ""
         start, end = row["curve"][0][1], row["curve"][-1][1]
         print(f"{row['name']:<24}{start:>12,.1f} -> {end:>9,.2f}{row['tokens']:>12,} tokens{saved}")
+    print("precision: " + ", ".join(f"{row['name']} {row['mixed_precision']}" for row in rows))
 
 
 if __name__ == "__main__":

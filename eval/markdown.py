@@ -24,8 +24,7 @@ def report_markdown(results: Results, picture: str, healing: str | None = None, 
         *benchmark_section(results),
         "## Cache, as measured",
         markdown_table(*cache_rows(results)),
-        "Bytes of the tensors behind the cache after generation, on the same prompts for every model, "
-        f"in {results['dtype']} on {results['device']}.",
+        cache_notes(results),
         *conversion_section(results),
         *healing_section(results, healing),
         "## Again",
@@ -50,7 +49,7 @@ def headline(results: Results) -> str:
     if saved is not None:
         found.append(
             f"The KV cache holds {number(after, 0)} bytes a token a layer instead of {number(before, 0)}, "
-            f"measured: {percent(saved)} less"
+            f"measured: {percent(saved)} less ({conditions(results)})"
         )
     else:
         found.append("No task was run, so the KV cache was not measured")
@@ -71,6 +70,13 @@ def headline(results: Results) -> str:
         f"(original {number(perplexities['original'], 2)}, converted {number(perplexities['converted'], 2)})".strip()
     )
     return "; ".join(part.strip() for part in found) + "."
+
+
+def conditions(results: Results) -> str:
+    """What figures of a run hold for."""
+    context = results["cache"]["original"].get("mean_context")
+    cache = f", against the original in 16 bits, mean context {whole(context)} tokens" if context else ""
+    return f"{results['dtype']} on {results['device']}{cache}"
 
 
 def healing_tokens(results: Results) -> int | None:
@@ -174,12 +180,29 @@ def text_notes(results: Results) -> str:
     return f"Perplexity is exp of the mean loss over windows of at most {length} tokens: {texts}."
 
 
+def cache_notes(results: Results) -> str:
+    notes = [
+        "Bytes of the tensors behind the cache after generation, on the same prompts for every model, as they are held "
+        f"in {results['dtype']} on {results['device']}. Reductions are relative to the original's 16-bit cache: on "
+        "both sides a number that is not coded counts 2 bytes, whatever it was held in. `context`: cached tokens of a "
+        "sequence on average; the first and latest tokens of a few-bit cache are not coded, so its bytes per token are "
+        "larger at shorter contexts."
+    ]
+    places = results["machines"]
+    if len(set(places.values())) > 1:
+        shown = ", ".join(f"{model} on {place}" for model, place in places.items())
+        notes.append(f"**Scored on different machines**: {shown}; scores may differ by their rounding.")
+    return " ".join(notes)
+
+
 def cache_rows(results: Results) -> tuple[list[str], Rows]:
-    header = ["model", "B/token/layer", "layers", "B/token", "positions", "bytes in all", "largest batch", "reduction"]
+    header = ["model", "B/token/layer", "layers", "B/token", "16-bit B/token", "context", "positions", "bytes in all"]
+    header += ["largest batch", "reduction"]
     rows = []
     for model in results["cache"]:
         cache = results["cache"][model]
-        figures = ("layers", "bytes_per_token", "positions", "bytes", "largest_batch_bytes")
+        figures = ["layers", "bytes_per_token", "bytes_per_token_16_bit", "mean_context", "positions", "bytes"]
+        figures += ["largest_batch_bytes"]
         per_layer = number(cache["bytes_per_token_per_layer"], 1)
         saved = percent(results["kv_cache_reduction"].get(model))
         rows.append([model, per_layer, *(whole(cache[figure]) for figure in figures), saved])

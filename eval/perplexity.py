@@ -5,7 +5,6 @@ consecutive and made without special tokens; windows of packed training rows end
 so that no token is predicted from another document.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,17 @@ from typing import Any
 import numpy
 import pyarrow.parquet as parquet
 import torch
-from torch.nn import functional
 
-from mha2mla.output_head import ends_with_head
+from mha2mla.output_head import IGNORED, next_token_losses, perplexity_of
 
 FORWARD_TOKENS = 2048  # tokens of a forward pass, padding included
-HEAD_TOKENS = 512  # tokens whose logits over the whole vocabulary stand in memory at once
 SHORTEST = 16  # shorter pieces of documents are left out: they measure the first words of a text
-IGNORED = -100
 
 
 def perplexity(model: Any, windows: Sequence[torch.Tensor], on_tokens: Callable[[int], None] | None = None) -> float:
     """exp of the mean loss over all windows' predicted tokens; `windows` are 1-D ids of any lengths ≥ 2.
+
+    inf where the exp is too large for a number; NaN, with a warning, where the model's logits are.
 
     `on_tokens` is told how many tokens each forward pass has taken.
     """
@@ -37,8 +35,7 @@ def perplexity(model: Any, windows: Sequence[torch.Tensor], on_tokens: Callable[
                 on_tokens(sum(len(window) for window in group))
     if not count:
         raise ValueError("perplexity needs at least one window of two tokens")
-    mean = total / count
-    return math.exp(mean) if mean < 700 else math.inf
+    return perplexity_of(total / count)
 
 
 def grouped(windows: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -61,20 +58,8 @@ def batch_loss(model: Any, windows: list[torch.Tensor]) -> tuple[float, int]:
     for row, window in enumerate(windows):
         ids[row, : len(window)] = window
         labels[row, : len(window) - 1] = window[1:]
-    ids, labels = ids.to(model.device), labels.to(model.device)
-    keep = labels != IGNORED
-    targets = labels[keep]  # [predicted tokens]
-    if ends_with_head(model):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[keep]
-        head = model.get_output_embeddings()
-        rows = (head(part) for part in hidden.split(HEAD_TOKENS))
-    else:
-        rows = model(input_ids=ids, use_cache=False).logits[keep].split(HEAD_TOKENS)
-    loss = sum(
-        functional.cross_entropy(logits.float(), wanted, reduction="sum").item()
-        for logits, wanted in zip(rows, targets.split(HEAD_TOKENS), strict=True)
-    )
-    return loss, len(targets)
+    loss = next_token_losses(model, ids, labels).double().sum().item()
+    return loss, int((labels != IGNORED).sum())
 
 
 def packed_windows(folder: Path, length: int, tokens: int) -> list[torch.Tensor]:

@@ -24,7 +24,7 @@ def draw(points: list[Result], file: Path, title: str) -> None:
     for axes in (left, right):
         axes.set_xlim(-6, 106)
         axes.set_xticks(range(0, 101, 20))
-        axes.set_xlabel("KV-cache reduction (%, measured bytes)")
+        axes.set_xlabel("KV-cache reduction (%, measured, of the original's 16 bits)")
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.margins(y=0.18)
         for side in ("top", "right"):
@@ -38,7 +38,8 @@ def draw(points: list[Result], file: Path, title: str) -> None:
     left.legend(frameon=False, loc="best")
 
     text = next(iter(points[0]["perplexity"]))
-    original = points[0]["perplexity"][text]["original"]
+    originals = {point["perplexity"].get(text, {}).get("original") for point in points}
+    original = originals.pop() if len(originals) == 1 else None  # points of several models have several
     draw_curves(
         right, points, lambda point, model: point["perplexity"].get(text, {}).get(model), original, "{:,.0f}", "{:.1f}"
     )

@@ -8,24 +8,22 @@ perplexity in every range of positions, which double in length, and OUTPUT.png.
 """
 
 import argparse
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch.nn import functional
 from transformers import AutoTokenizer
 
 from conf.checkpoint import load_model
-from conf.precision import native_autocast
+from conf.precision import computes_bfloat16, native_autocast
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
 from eval.arguments import named_checkpoints
-from eval.perplexity import HEAD_TOKENS
 from eval.picture import quiet_pyplot, save
+from mha2mla.output_head import next_token_losses, perplexity_of
 
 SHORTEST = 256  # tokens of the first range
 
@@ -62,16 +60,9 @@ def ranges(length: int) -> list[tuple[int, int]]:
 
 @torch.inference_mode()
 def losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Loss in nats of every token but the first, [length - 1], the head applied to a few tokens at a time."""
-    ids = ids.to(model.device)
+    """Loss in nats of every token but the first, [length - 1]."""
     with native_autocast(model.device.type):
-        hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
-        head = model.get_output_embeddings()
-        parts = [
-            functional.cross_entropy(head(part).float(), wanted, reduction="none")
-            for part, wanted in zip(hidden.split(HEAD_TOKENS), ids[1:].split(HEAD_TOKENS), strict=True)
-        ]
-    return torch.cat(parts).double().cpu()
+        return next_token_losses(model, ids[None])[0, :-1].double().cpu()
 
 
 def measure(models: dict[str, Path], documents: list[torch.Tensor]) -> dict[str, list[float]]:
@@ -82,7 +73,7 @@ def measure(models: dict[str, Path], documents: list[torch.Tensor]) -> dict[str,
         total = sum(losses(model, document) for document in documents)
         assert isinstance(total, torch.Tensor)
         by_range = [total[max(0, first - 1) : last - 1] for first, last in ranges(len(documents[0]))]
-        found[name] = [math.exp(float(part.mean()) / len(documents)) for part in by_range]
+        found[name] = [perplexity_of(float(part.mean()) / len(documents)) for part in by_range]
         print(f"{name:<18}" + "".join(f"{value:>10,.2f}" for value in found[name]), flush=True)
     return found
 
@@ -129,6 +120,7 @@ def main() -> None:
         "perplexity": rows,
         "documents": len(documents),
         "length": options.length,
+        "dtype": "bfloat16 (autocast)" if computes_bfloat16(on_cpu=True) else "float32",
         "files": [Path(file).name for file in options.files],
         "provenance": provenance(),
     }

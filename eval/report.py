@@ -20,7 +20,7 @@ from conf.plan import Plan, plain
 from conf.schema import Config
 from conf.stage import provenance, read_record, write_json
 from conf.tracking import open_run
-from eval.markdown import report_markdown, summary_rows
+from eval.markdown import conditions, report_markdown, summary_rows
 from eval.needle_picture import draw_needles
 from eval.page import page
 from eval.picture import draw, draw_healing
@@ -40,7 +40,7 @@ def run_report(config: Config, overrides: list[str] | None = None) -> None:
     results = collect(plan, overrides)
     with plan.report.run(force=config.force) as stage:
         write_json(stage.folder / "results.json", results)
-        draw([results], stage.folder / PICTURE, f"{results['model']}: {results['point']}")
+        draw([results], stage.folder / PICTURE, f"{results['model']}: {results['point']} ({conditions(results)})")
         original = {text: values["original"] for text, values in results["perplexity"].items()}
         healed = draw_healing(results["healing"], original, stage.folder / HEALING)
         needle = draw_needles(results["needle"], stage.folder / NEEDLE)
@@ -52,7 +52,7 @@ def run_report(config: Config, overrides: list[str] | None = None) -> None:
             if run:
                 send(run, results, stage.folder)
     print(text_table(*summary_rows(results, share=False)))
-    print(f"\nreport: {plan.report.folder / 'report.html'}", flush=True)
+    print(f"\nin {conditions(results)}\nreport: {plan.report.folder / 'report.html'}", flush=True)
 
 
 def collect(plan: Plan, overrides: list[str] | None) -> dict[str, Any]:
@@ -68,6 +68,7 @@ def collect(plan: Plan, overrides: list[str] | None) -> dict[str, Any]:
         **results,
         "dtype": scores["original"]["dtype"],
         "device": scores["original"]["device"],
+        "machines": machines(plan, scores),
         "chat_template": scores["original"].get("chat_template"),
         "conversion": read(plan.convert.folder / "conversion.json"),
         "healing": read(plan.finetune.folder / "history.json"),
@@ -82,6 +83,18 @@ def collect(plan: Plan, overrides: list[str] | None) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "provenance": (read_record(plan.evaluate.folder) or {}).get("provenance") or provenance(),
     }
+
+
+def machines(plan: Plan, scores: dict[str, Any]) -> dict[str, str]:
+    """What each model was scored on, for the reader to see where they differ."""
+    found = {}
+    for stage, names in ((plan.original, MODELS[:1]), (plan.evaluate, MODELS[1:])):
+        hardware = (read_record(stage.folder) or {}).get("provenance", {}).get("hardware", {})
+        for name in names:
+            device = scores[name]["device"]
+            chip = ", ".join(hardware.get("gpus", [])) if device == "cuda" else hardware.get("cpu")
+            found[name] = f"{device} ({chip})" if chip else device
+    return found
 
 
 def read(file: Path) -> dict[str, Any]:

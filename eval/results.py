@@ -34,16 +34,54 @@ def common_tasks(models: dict[str, Scores]) -> list[str]:
     return names
 
 
+def check_alike(models: dict[str, Scores]) -> None:
+    """ValueError if the models ran in different dtypes or read different texts: their scores do not compare."""
+    dtypes = {name: scores["dtype"] for name, scores in models.items()}
+    if len(set(dtypes.values())) > 1:
+        shown = ", ".join(f"{name} in {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(
+            f"scores do not compare: {shown}. `native` and `auto` may mean another dtype on another machine: give "
+            "eval.dtype=float32, bfloat16 or float16, and run `make evaluate` again with force=true"
+        )
+    for text in models["original"]["perplexity"]:
+        found = [scores["perplexity"][text]["inputs"] for scores in models.values() if text in scores["perplexity"]]
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"perplexity of '{text}': the models read different windows; run `make evaluate` again with force=true"
+            )
+
+
+def bytes_16_bit(scores: Scores, reading: dict[str, int]) -> int:
+    """Of a reading, bytes with all numbers in 16 bits; ValueError for one of an earlier version that has no such."""
+    if "bytes_16_bit" in reading:
+        return reading["bytes_16_bit"]
+    if scores["dtype"] == "float32":
+        raise ValueError(
+            "the cache was measured in float32 by an earlier version, which cannot be compared with 16 bits; run "
+            "`make evaluate` again with force=true"
+        )
+    return reading["bytes"]
+
+
 def cache_figures(scores: Scores) -> dict[str, Any]:
-    """Measured bytes of a model's cache over all batches of all tasks; per token a layer, and per token."""
-    readings = [task["cache"] for task in scores["tasks"].values()]
+    """Measured bytes of a model's cache over all batches of all tasks; per token a layer, and per token.
+
+    `mean_context`: cached tokens of a sequence, on average. Few-bit caches keep some tokens whole, so bytes per token
+    hold at this context.
+    """
+    tasks = scores["tasks"].values()
+    readings = [task["cache"] for task in tasks]
     held, positions = (sum(reading[key] for reading in readings) for key in ("bytes", "positions"))
+    counted = sum(bytes_16_bit(scores, reading) for reading in readings)
     layers = readings[0]["layers"] if readings else 0
     return {
         "dtype": scores["dtype"],
         "layers": layers,
         "bytes": held,
+        "bytes_16_bit": counted,
         "positions": positions,
+        "mean_context": positions / sum(task["rows"] for task in tasks) if positions else None,
+        "bytes_per_token_16_bit": counted / positions if positions else None,
         "bytes_per_token": held / positions if positions else None,
         "bytes_per_token_per_layer": held / positions / layers if positions else None,
         "largest_batch_bytes": max((reading["largest_batch_bytes"] for reading in readings), default=None),
@@ -66,15 +104,9 @@ def drop_bounds(original: Scores, other: Scores, names: list[str]) -> list[float
 
 
 def reduction(original: dict[str, Any], other: dict[str, Any]) -> float | None:
-    """1 - measured bytes a token of `other` over the original's; ValueError if their dtypes differ."""
-    if original["dtype"] != other["dtype"]:
-        raise ValueError(
-            f"cache bytes do not compare: the original ran in {original['dtype']}, the other in {other['dtype']}; "
-            "give eval.dtype"
-        )
-    if not original["bytes_per_token"] or other["bytes_per_token"] is None:
-        return None
-    return 1 - other["bytes_per_token"] / original["bytes_per_token"]
+    """1 - measured bytes a token of `other` over the original's, the numbers of both counted in 16 bits."""
+    base, held = (each["bytes_per_token_16_bit"] for each in (original, other))
+    return None if not base or held is None else 1 - held / base
 
 
 def benchmark_scores(models: dict[str, Scores]) -> dict[str, Any]:
@@ -109,6 +141,7 @@ def needle_scores(models: dict[str, Scores]) -> dict[str, list[list[float]]]:
 
 def compare(models: dict[str, Scores]) -> dict[str, Any]:
     """The comparison of `models` (original first) that reports and sweeps are made from."""
+    check_alike(models)
     names = common_tasks(models)
     scores = {model: mean_score(found["tasks"], names) for model, found in models.items()}
     caches = {model: cache_figures(found) for model, found in models.items()}

@@ -44,9 +44,12 @@ def score_model(
     tasks = [(each, folder / f"{each.task.name}.json") for each in inputs.tasks]
     suite = inputs.benchmarks if cache_bits is None else None
     benchmarks = [(each, folder / f"benchmark-{each}.json") for each in (suite.tasks if suite else ())]
-    open_texts = [(text, file) for text, file in texts if not is_done(file, text.digest)]
-    open_tasks = [(each, file) for each, file in tasks if not is_done(file, each.digest, each.task.version)]
-    open_benchmarks = [(each, file) for each, file in benchmarks if suite and not is_done(file, suite.digest(each))]
+    on = {"dtype": str(inputs.dtype).removeprefix("torch."), "device": device}
+    open_texts = [(text, file) for text, file in texts if not is_done(file, text.digest, on=on)]
+    open_tasks = [(each, file) for each, file in tasks if not is_done(file, each.digest, each.task.version, on)]
+    open_benchmarks = [
+        (each, file) for each, file in benchmarks if suite and not is_done(file, suite.digest(each), on=on)
+    ]
     wanted = len(open_texts) + len(open_tasks) + len(open_benchmarks)
     there = len(texts) + len(tasks) + len(benchmarks) - wanted
     if there:
@@ -58,13 +61,14 @@ def score_model(
         tokens = sum(text.tokens for text, _ in open_texts) + sum(each.tokens for each, _ in open_tasks)
         with Progress(name, tokens) as progress:
             for text, file in open_texts:
-                write_json(file, score_text(model, text, progress))
+                write_json(file, score_text(model, text, progress) | on)
             for each, file in open_tasks:
                 outputs = file.with_suffix(".jsonl")
-                write_json(file, score_task(model, each, inputs, outputs, batch_size, progress, new_cache))
+                found = score_task(model, each, inputs, outputs, batch_size, progress, device, new_cache)
+                write_json(file, found | on)
         for benchmark, file in open_benchmarks:
             assert suite is not None
-            write_json(file, score_benchmark(name, model, suite, benchmark, inputs.tokenizer, batch_size))
+            write_json(file, score_benchmark(name, model, suite, benchmark, inputs.tokenizer, batch_size) | on)
         del model
         gc.collect()
         if device == "cuda":
@@ -73,8 +77,7 @@ def score_model(
         "path": path,
         "revision": revision,
         "cache_bits": cache_bits,
-        "dtype": str(inputs.dtype).removeprefix("torch."),
-        "device": device,
+        **on,
         "chat_template": inputs.chat,
         "perplexity": {text.name: json.loads(file.read_text()) for text, file in texts},
         "tasks": {each.task.name: json.loads(file.read_text()) for each, file in tasks},
@@ -82,12 +85,12 @@ def score_model(
     }
 
 
-def is_done(file: Path, digest: str, version: str | None = None) -> bool:
-    """Whether a score is there, made from these inputs with this version of the task."""
+def is_done(file: Path, digest: str, version: str | None = None, on: dict[str, str] | None = None) -> bool:
+    """Whether a score is there, made from these inputs with this version of the task, `on` this dtype and device."""
     if not file.exists():
         return False
-    stored = json.loads(file.read_text())
-    return stored["inputs"] == digest and stored.get("version") == version
+    stored, wanted = json.loads(file.read_text()), {"inputs": digest, "version": version} | (on or {})
+    return all(stored.get(name) == value for name, value in wanted.items())
 
 
 def score_text(model: Any, text: TextInputs, progress: Progress) -> dict[str, Any]:
@@ -110,12 +113,13 @@ def score_task(
     outputs: Path,
     batch_size: int,
     progress: Progress,
+    device: str,
     new_cache: NewCache = growing_cache,
 ) -> dict[str, Any]:
     """Generate, score and keep every row of one task; batches that a killed run has finished are taken from it."""
     started, task, reading = time.time(), each.task, CacheReading()
     kept: list[dict[str, Any]] = [{} for _ in each.rows]
-    partial, key = outputs.with_suffix(".part"), f"{each.digest} {task.version}"
+    partial, key = outputs.with_suffix(".part"), f"{each.digest} {task.version} {inputs.dtype} {device}"
     done = finished_batches(partial, key)
     for batch in batches([len(prompt.ids) for prompt in each.prompts], batch_size):
         found = done.get(tuple(batch))
@@ -142,6 +146,7 @@ def score_task(
         "prompt_tokens": each.tokens,
         "cache": {
             "bytes": reading.bytes,
+            "bytes_16_bit": reading.bytes_16_bit,
             "positions": reading.positions,
             "layers": reading.layers,
             "largest_batch_bytes": reading.largest,

@@ -4,13 +4,15 @@
     python -m eval.sweep RUN_FOLDER RUN_FOLDER --output DIR  any runs that have a report
 
 `train.pipeline --multirun` calls it when the last point has ended. Points that failed stand in the table's
-notes with their error. Writes `sweep.json`, `sweep.md`, `sweep.html` and `reduction_vs_drop.png`.
+notes with their error, and so do points whose scores do not compare with the others': of another dtype, or on other
+rows. Writes `sweep.json`, `sweep.md`, `sweep.html` and `reduction_vs_drop.png`.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,13 @@ def sweep_report(points: list[Path], folder: Path, failed: dict[str, str], run: 
     `failed` maps a point's name to its error; a point without a report joins it. `run` is a W&B run that
     gets the same table, picture and scalars, and the files. Returns what `sweep.json` holds.
     """
-    results = load_results(points)
+    results, strangers = comparable(load_results(points))
     missing = [point for point in points if not report_of(point).exists()]
     failed = {point.name: f"{report_of(point)} does not exist: no report was made" for point in missing} | failed
+    failed |= strangers
     sweep = {
         "points": [
-            {"model": each["model"], "point": each["point"], "command": each["command"], "date": each["date"]}
-            | scalars(each)
+            {name: each[name] for name in ("model", "point", "command", "date", "dtype", "device")} | scalars(each)
             for each in results
         ],
         "failed": failed,
@@ -69,6 +71,33 @@ def load_results(points: list[Path]) -> list[dict[str, Any]]:
     return sorted(results, key=lambda result: (result["kv_cache_reduction"]["healed"] or 0, result["point"]))
 
 
+def comparable(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The points whose scores compare, and why each of the others does not: most decide."""
+    dtypes = Counter(result["dtype"] for result in results)
+    kept: list[dict[str, Any]] = []
+    failed = {}
+    for result in results:
+        dtype, like = dtypes.most_common(1)[0][0], next((k for k in kept if k["model"] == result["model"]), result)
+        other = [
+            name for name, task in result["tasks"].items() if same_rows(task) != same_rows(like["tasks"].get(name))
+        ]
+        other += [name for name in like["tasks"] if name not in result["tasks"]]
+        if result["dtype"] != dtype:
+            failed[result["point"]] = f"scored in {result['dtype']}, the others in {dtype}; give eval.dtype"
+        elif other or result["perplexity_tokens"] != like["perplexity_tokens"]:
+            names = ", ".join(other) or "text for perplexity"
+            failed[result["point"]] = (
+                f"scored on other rows than '{like['point']}' ({names}); use the same eval options"
+            )
+        else:
+            kept.append(result)
+    return kept, failed
+
+
+def same_rows(task: dict[str, Any] | None) -> tuple[Any, ...]:
+    return (task["inputs"], task["version"]) if task else ()
+
+
 def sweep_title(results: list[dict[str, Any]]) -> str:
     models = sorted({result["model"] for result in results})
     return f"{', '.join(models)}: {len(results)} point{'s' * (len(results) > 1)}"
@@ -80,17 +109,30 @@ def sweep_rows(results: list[dict[str, Any]]) -> tuple[list[str], Rows]:
         return ["point"], []
     text = next(iter(results[0]["perplexity"]))
     header = ["point", "B/token", "reduction", "score", "drop", f"ppl {text[:12]}", "not healed"]
-    first = results[0]
-    original = [
-        "original",
-        whole(first["cache"]["original"]["bytes_per_token"]),
+    models = list(dict.fromkeys(result["model"] for result in results))
+    rows: Rows = []
+    for model in models:
+        own = [result for result in results if result["model"] == model]
+        rows.append(original_row(own[0], text, "original" if len(models) == 1 else f"original {model}"))
+        rows += point_rows(own, text)
+    return header, rows
+
+
+def original_row(result: dict[str, Any], text: str, name: str) -> list[str]:
+    scored = result["score"]["original"]
+    return [
+        name,
+        whole(result["cache"]["original"]["bytes_per_token"]),
         percent(0.0),
-        number(first["score"]["original"]),
-        number(0.0) if first["score"]["original"] is not None else number(None),
-        number(first["perplexity"][text]["original"], 2),
+        number(scored),
+        number(None if scored is None else 0.0),
+        number(result["perplexity"].get(text, {}).get("original"), 2),
         number(None),
     ]
-    rows = [
+
+
+def point_rows(results: list[dict[str, Any]], text: str) -> Rows:
+    return [
         [
             result["point"],
             whole(result["cache"]["healed"]["bytes_per_token"]),
@@ -102,7 +144,16 @@ def sweep_rows(results: list[dict[str, Any]]) -> tuple[list[str], Rows]:
         ]
         for result in results
     ]
-    return header, [original, *rows]
+
+
+def sweep_conditions(results: list[dict[str, Any]]) -> str:
+    """What the figures of all points hold for."""
+    devices = ", ".join(sorted({result["device"] for result in results}))
+    found = [result["cache"]["healed"].get("mean_context") for result in results]
+    contexts = [context for context in found if context]
+    span = sorted({whole(min(contexts)), whole(max(contexts))}, key=len) if contexts else []
+    cache = f", against the original in 16 bits, mean context {' to '.join(span)} tokens" if span else ""
+    return f"{results[0]['dtype']} on {devices}{cache}"
 
 
 def sweep_markdown(results: list[dict[str, Any]], failed: dict[str, str]) -> str:
@@ -111,7 +162,8 @@ def sweep_markdown(results: list[dict[str, Any]], failed: dict[str, str]) -> str
         parts += [
             f"![KV-cache reduction against score drop]({PICTURE})",
             markdown_table(*sweep_rows(results)),
-            "Healed models, and in the last column the perplexity before healing; cache bytes are measured.",
+            "Healed models, and in the last column the perplexity before healing; cache bytes are measured: "
+            f"{sweep_conditions(results)}.",
             "## Again",
             "```\n" + "\n".join(result["command"] for result in results) + "\n```",
         ]
@@ -168,12 +220,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     folder = options.output or options.folders[0]
-    results = load_results(points)
+    results, _ = comparable(load_results(points))
     with sweep_run(results, folder) if results else nullcontext() as run:
         sweep = sweep_report(points, folder, failed, run)
     if results:
         header, rows = sweep_rows(results)
         print(text_table(header[:1] + header[2:], [row[:1] + row[2:] for row in rows]))  # no room for the bytes
+        print(f"\nin {sweep_conditions(results)}")
     for name, reason in sweep["failed"].items():
         print(f"failed: {name}: {reason}")
     print(f"\nsweep: {folder / 'sweep.html'}", flush=True)

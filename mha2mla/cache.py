@@ -6,8 +6,11 @@ from typing import Any
 import torch
 
 
-def cache_bytes(cache: Any) -> int:
+def cache_bytes(cache: Any, number_bytes: int | None = None) -> int:
     """Bytes of memory behind a transformers `Cache`, quantisation scales and zero points included.
+
+    number_bytes: count no floating-point number as more bytes than that. With 2 it is what the cache holds where models
+    run in 16 bits, whatever this one runs in: so bytes measured on different machines compare.
 
     Storages are counted whole and once: a view of a larger tensor counts as the tensor it keeps alive,
     and a static cache counts what it has allocated. Counters (tensors of one element) are left out.
@@ -16,9 +19,16 @@ def cache_bytes(cache: Any) -> int:
     for layer in cache.layers:
         for tensor in _tensors(vars(layer)):
             if tensor.numel() > 1:
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+                storages[tensor.untyped_storage().data_ptr()] = storage_bytes(tensor, number_bytes)
     return sum(storages.values())
+
+
+def storage_bytes(tensor: torch.Tensor, number_bytes: int | None = None) -> int:
+    """Of the storage behind a tensor, its numbers counted as `cache_bytes` says; codes are whole numbers and stay."""
+    held, size = tensor.untyped_storage().nbytes(), tensor.element_size()
+    if number_bytes is None or not tensor.is_floating_point():
+        return held
+    return held // size * min(size, number_bytes)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -1,12 +1,13 @@
 """How far a converted model is from its original on the same text."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
+
+from mha2mla.output_head import LogitsOf, ask, chunks, losses_of, perplexity_of
 
 
 @dataclass
@@ -21,30 +22,35 @@ class Comparison:
 
 
 class Tally:
-    """Sums over rows of logits that a comparison is made of."""
+    """Sums over tokens that a comparison is made of."""
 
     def __init__(self) -> None:
         self.sums, self.tokens = torch.zeros(4, dtype=torch.float64), 0
 
-    def add(self, theirs: torch.Tensor, ours: torch.Tensor, targets: torch.Tensor) -> None:
-        """Logits [S, V] of both models and the tokens [S] that follow."""
-        theirs = theirs.float().log_softmax(-1)
-        ours = ours.to(theirs.device).float().log_softmax(-1)
-        self.sums += torch.stack(
-            (
-                functional.nll_loss(theirs, targets, reduction="sum"),
-                functional.nll_loss(ours, targets, reduction="sum"),
-                functional.kl_div(ours, theirs, reduction="sum", log_target=True),
-                (ours.argmax(-1) == theirs.argmax(-1)).sum(),
-            )
-        ).cpu()
+    def add(self, theirs: LogitsOf, ours: LogitsOf, targets: torch.Tensor) -> None:
+        """Logits of both models by rows and the tokens [S], on the original's device, that follow the first S rows."""
+        for rows in chunks(len(targets), targets.device):
+            wanted = targets[rows]
+            place = slice(rows.start, rows.start + len(wanted))
+            self.add_rows(theirs(place), ours(place).to(targets.device), wanted)
+
+    def add_rows(self, theirs: torch.Tensor, ours: torch.Tensor, targets: torch.Tensor) -> None:
+        theirs, ours = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
+        sums = (
+            losses_of(theirs, targets),
+            losses_of(ours, targets),
+            functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1),
+            ours.argmax(-1) == theirs.argmax(-1),
+        )
+        self.sums += torch.stack([each.double().sum().cpu() for each in sums])
         self.tokens += len(targets)
 
     def comparison(self) -> Comparison:
         if not self.tokens:
             raise ValueError("no text to compare the models on: give at least one row of two tokens")
         nll_original, nll_converted, divergence, agreeing = (self.sums / self.tokens).tolist()
-        return Comparison(math.exp(nll_original), math.exp(nll_converted), divergence, agreeing, self.tokens)
+        original, converted = perplexity_of(nll_original), perplexity_of(nll_converted)
+        return Comparison(original, converted, divergence, agreeing, self.tokens)
 
 
 @torch.no_grad()
@@ -56,7 +62,6 @@ def compare(original: Any, converted: Any, batches: Iterable[torch.Tensor]) -> C
     tally = Tally()
     for batch in batches:
         for row in batch.split(1):
-            theirs = original(row.to(original.device), use_cache=False).logits[0, :-1]
-            ours = converted(row.to(converted.device), use_cache=False).logits[0, :-1]
+            theirs, ours = (ask(model, row.to(model.device))[0] for model in (original, converted))
             tally.add(theirs, ours, row[0, 1:].to(original.device))
     return tally.comparison()

@@ -27,6 +27,7 @@ from mha2mla.layer import LayerReport, convert_layer
 from mha2mla.layerwise import embed, pass_layer
 from mha2mla.memory import hand_back
 from mha2mla.options import ConversionOptions
+from mha2mla.output_head import Given, logits_from
 from mha2mla.reconstruct import RATE, LayerFit, check_sequences, fit_to, pass_targets
 from mha2mla.rotation import Rotation
 from mha2mla.self_check import check_layer, first_of_every_kind, require_exact
@@ -253,17 +254,6 @@ def name_of(module: nn.Module, model: nn.Module) -> str:
     return next(name for name, each in model.named_modules() if each is module)
 
 
-class Given(nn.Module):
-    """In place of all layers: states that are known."""
-
-    def __init__(self, states: torch.Tensor) -> None:
-        super().__init__()
-        self.states = states
-
-    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
-        return self.states
-
-
 @torch.no_grad()
 def compare_states(job: Job, text: Text, batches: list[torch.Tensor]) -> Comparison:
     """`compare` of both models, from the states behind their last layers: the end of the model is the same in both."""
@@ -279,7 +269,8 @@ def compare_states(job: Job, text: Text, batches: list[torch.Tensor]) -> Compari
         logits = []
         for states in (theirs, ours):
             decoder.layers = nn.ModuleList([Given(states)])
-            logits.append(teacher(inputs_embeds=torch.zeros_like(states), use_cache=False).logits[0, :-1])
+            output = decoder(inputs_embeds=torch.zeros_like(states), use_cache=False)
+            logits.append(logits_from(teacher, output))
         tally.add(logits[0], logits[1], row[0, 1:].to(job.device))
     decoder.layers = layers
     return tally.comparison()

@@ -12,18 +12,15 @@ for a few rows at a time, when the loss asks for them: a second [N, V] never sta
 Shapes: B sequences, T tokens, N = B * T rows, n of them in a chunk, V vocabulary, D hidden size.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conf.schema import FinetuneConfig
-from mha2mla.output_head import ends_with_head
+from mha2mla.output_head import LogitsOf, ask
 from train.rowwise import RowLoss, sum_over_rows
 from train.targets import IGNORE, Batch, Loss, forward
-
-LogitsOf = Callable[[slice], Tensor]  # of rows: the teacher's logits [n, V]
 
 
 def logits_only(config: FinetuneConfig, teacher: nn.Module | None) -> Loss:
@@ -32,7 +29,7 @@ def logits_only(config: FinetuneConfig, teacher: nn.Module | None) -> Loss:
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         keep = batch["labels"] != IGNORE
         # The teacher first: its activations are gone before the student's, which backward needs, are made.
-        teacher_logits, _ = ask(teacher, batch)
+        teacher_logits, _ = teach(teacher, batch)
         row_loss = divergence(teacher_logits, keep.flatten(), config.kd_temperature)
         return sum_over_rows(forward(model, batch).logits, row_loss), torch.count_nonzero(keep)
 
@@ -44,7 +41,7 @@ def logits_and_hidden_states(config: FinetuneConfig, teacher: nn.Module | None) 
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         keep = batch["labels"] != IGNORE
-        teacher_logits, teacher_states = ask(teacher, batch, output_hidden_states=True)
+        teacher_logits, teacher_states = teach(teacher, batch, output_hidden_states=True)
         output = forward(model, batch, output_hidden_states=True)
         row_loss = divergence(teacher_logits, keep.flatten(), config.kd_temperature)
         total = sum_over_rows(output.logits, row_loss)
@@ -55,15 +52,10 @@ def logits_and_hidden_states(config: FinetuneConfig, teacher: nn.Module | None) 
 
 
 @torch.no_grad()
-def ask(teacher: Any, batch: Batch, **options: bool) -> tuple[LogitsOf, tuple[Tensor, ...]]:
+def teach(teacher: Any, batch: Batch, **options: bool) -> tuple[LogitsOf, tuple[Tensor, ...]]:
     """The teacher's logits by rows, and the hidden states [B, T, D] that `options` ask for."""
-    if ends_with_head(teacher):
-        output = forward(teacher.base_model, batch, **options)
-        states, head = output.last_hidden_state.flatten(0, 1), teacher.get_output_embeddings()
-        return lambda rows: head(states[rows]), output.hidden_states
-    output = forward(teacher, batch, **options)
-    logits = output.logits.flatten(0, 1)
-    return lambda rows: logits[rows], output.hidden_states
+    logits, output = ask(teacher, batch["input_ids"], position_ids=batch["position_ids"], **options)
+    return logits, output.hidden_states
 
 
 def divergence(teacher_logits: LogitsOf, keep: Tensor, temperature: float) -> RowLoss:

@@ -39,16 +39,17 @@ from conf.plan import Plan, plain, teacher_fingerprint
 from conf.schema import Config, FinetuneConfig, Sharding
 from conf.tracking import open_run
 from data.windows import text_windows
+from mha2mla.output_head import perplexity_of, rows_of, token_losses
 from train.batches import PackedRows, TextRows, TrainingOrder, micro_batch, mix_seed
 from train.checkpoint import load_checkpoint, save_checkpoint, without_wrappers
 from train.launch import start
-from train.losses import check_loss, cross_entropy, loss_function
+from train.losses import check_loss, loss_function
 from train.model import save_model, trainable_model
 from train.progress import Display
 from train.schedule import learning_rate_factor
 from train.sharding import ShardedStates, WholeStates, accumulating, clip, prepare
 from train.stored_teacher import StoredTeacher, stored_teacher
-from train.targets import IGNORE
+from train.targets import IGNORE, forward
 from train.teacher import check_teacher, load_teacher
 
 Log = Callable[[dict[str, float], int], Any]  # values by name, step
@@ -125,11 +126,11 @@ def finetune(
     def validate() -> None:
         number = max(1, config.eval_tokens // validation_rows.length)
         loss = validation_loss(accelerator, model, validation_rows, number, config.micro_batch_size)
-        row = progress.log_validation(loss, math.exp(loss))
+        row = progress.log_validation(loss, perplexity_of(loss))
         shown = f"step {progress.step}/{steps}  validation perplexity {row['perplexity']:.3f}"
         if text is not None:
             loss = validation_loss(accelerator, model, text, len(text), config.micro_batch_size)
-            row["text_perplexity"] = math.exp(loss)
+            row["text_perplexity"] = perplexity_of(loss)
             shown += f", {text.name} {row['text_perplexity']:.3f}"
         record(row, "validation")
         display.line(shown)
@@ -237,15 +238,17 @@ def validation_loss(
     """Mean cross-entropy in nats over the first `number` rows, `size` at once on each process."""
     number = min(len(rows), number)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    sums = torch.zeros(2, device=accelerator.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     model.eval()
     for first in range(0, number, size * processes):
         mine = list(range(number))[first + rank * size : first + (rank + 1) * size]
         batch = rows.batch(mine or [0])
         if not mine:  # all processes must call a sharded model equally often
             batch["labels"].fill_(IGNORE)
-        loss, targets = cross_entropy(model, micro_batch(batch, 0, size, accelerator.device))
-        sums += torch.stack([loss, targets])
+        batch = micro_batch(batch, 0, size, accelerator.device)
+        labels, logits = batch["labels"].flatten(), forward(model, batch).logits
+        loss = token_losses(rows_of(logits), labels).double().sum()
+        sums += torch.stack([loss, torch.count_nonzero(labels != IGNORE)])
     model.train()
     loss, targets = accelerator.reduce(sums, "sum").tolist()
     return loss / max(targets, 1)

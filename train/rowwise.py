@@ -7,21 +7,13 @@ is written over the logits it was made from, so they stand in memory once.
 Shapes: N rows (tokens), n of them in a chunk, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Of a chunk: fewer read the teacher's head too often and, on a GPU, wait for launches; more take memory for nothing.
-ROWS = {"cpu": 128, "cuda": 2048}
-
-
-def chunks(total: int, device: torch.device) -> Iterator[slice]:
-    """`total` rows, a chunk at a time."""
-    size = ROWS.get(device.type, ROWS["cpu"])
-    return (slice(first, first + size) for first in range(0, total, size))
-
+from mha2mla.output_head import chunks
 
 # From the logits [n, V] of a chunk in float32, which it may not change, and its place among the rows:
 # the sum of their losses, and its gradient [n, V].

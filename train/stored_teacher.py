@@ -18,9 +18,10 @@ from tqdm import trange
 
 from conf.schema import FinetuneConfig
 from conf.stage import appearing, digest
+from mha2mla.output_head import chunks
 from train.batches import PackedRows
-from train.distillation import ask
-from train.rowwise import RowLoss, chunks, sum_over_rows
+from train.distillation import teach
+from train.rowwise import RowLoss, sum_over_rows
 from train.targets import IGNORE, Batch, Loss, forward
 
 
@@ -79,7 +80,7 @@ def write(folder: Path, rows: PackedRows, config: FinetuneConfig, teacher: nn.Mo
 @torch.no_grad()
 def top_k(teacher: nn.Module, batch: Batch, config: FinetuneConfig) -> tuple[Tensor, Tensor]:
     """Log-probabilities at the distillation's temperature, and tokens: [B, T, k]."""
-    logits_of, _ = ask(teacher, batch)
+    logits_of, _ = teach(teacher, batch)
     assert config.teacher_top_k is not None
     parts = []
     for rows in chunks(batch["input_ids"].numel(), batch["input_ids"].device):

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-IGNORE = -100
+from mha2mla.output_head import IGNORED
+
+IGNORE = IGNORED
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # summed over the targets, and their number
 

@@ -44,7 +44,8 @@ def bench() -> str:
     ]
     note = (
         f"batch {place['batch']}, {place['context']:,} cached tokens, {setting['dtype']}; GiB: weights, cache and what "
-        f"a step takes beside them; {where(found['provenance'])}. `docs/results/bench.json`"
+        "a step takes beside them; cache bytes against the original's in 16 bits; "
+        f"{where(found['provenance'])}. `docs/results/bench.json`"
     )
     head = ["decode", "tokens/s", "a step, against absorbed", "cache bytes", "GiB"]
     return table(head, rows) + "\n\n" + note

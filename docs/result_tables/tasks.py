@@ -31,9 +31,16 @@ def default_run() -> str:
     tokens = run["healing"]["validation"][-1]["tokens"]
     note = (
         f"{run['model']} ({run['dtype']}), healed on {tokens:,} tokens in {minutes:.0f} minutes, all stages in "
-        f"{total:.0f}; {where(run['provenance'])}. `docs/results/default_run.json`"
+        f"{total:.0f}; cache against the original's 16 bits at {context(run):,.0f} tokens of context on average; "
+        f"{where(run['provenance'])}. `docs/results/default_run.json`"
     )
     return table(head, rows) + "\n\n" + note
+
+
+def context(run: dict[str, Any]) -> float:
+    """Cached tokens of a sequence, on average over all rows of all tasks."""
+    rows: int = sum(task["rows"] for task in run["tasks"].values())
+    return float(run["cache"]["original"]["positions"]) / rows
 
 
 def benchmark_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:

@@ -12,6 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import eval.perplexity as module
 from data.windows import text_windows
 from eval.perplexity import document_windows, packed_windows, perplexity
+from mha2mla import output_head
 from tests.eval.tiny import model, tokenizer
 
 
@@ -33,7 +34,7 @@ def test_equals_the_plain_computation_for_windows_of_any_length(monkeypatch):
     assert perplexity(tiny, pieces) == pytest.approx(expected, rel=1e-5)
     # However it is cut into forward passes and chunks of logits.
     monkeypatch.setattr(module, "FORWARD_TOKENS", 50)
-    monkeypatch.setattr(module, "HEAD_TOKENS", 9)
+    monkeypatch.setattr(output_head, "ROWS", {"cpu": 9})
     seen = []
     assert perplexity(tiny, pieces, seen.append) == pytest.approx(expected, rel=1e-5)
     assert sum(seen) == 122 and len(seen) > 2

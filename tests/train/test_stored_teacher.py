@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conf.schema import FinetuneConfig
+from mha2mla import output_head
 from tests.train.test_distillation import MLA, close, gradients, plain_loss
 from tests.train.tiny import LENGTH, VOCAB, composed, finished_stages, overrides, write_data, write_model
-from train import finetune, rowwise, stored_teacher
+from train import finetune, stored_teacher
 from train.batches import PackedRows
 from train.losses import loss_function
 from train.stored_teacher import StoredTeacher
@@ -23,7 +24,7 @@ ROWS = [0, 1, 2, 3]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowwise, "ROWS", {"cpu": 24})
+    monkeypatch.setattr(output_head, "ROWS", {"cpu": 24})
 
 
 @pytest.fixture(scope="module")
