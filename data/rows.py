@@ -34,7 +34,7 @@ class MissingColumn(ValueError):
 
     def __init__(self, columns: Iterable[str]):
         self.columns = list(columns)
-        super().__init__(f"no such column; it has {', '.join(self.columns)}")
+        super().__init__(f"no such column; it has {listed(self.columns)}")
 
 
 Row = tuple[int, Any]  # number; the column's value, None where the row has none, or BadRow
@@ -166,6 +166,11 @@ def ambiguous(spelling: str, column: str) -> bool:
     pairs = json.JSONDecoder(strict=False, object_pairs_hook=list).decode(spelling)
     values = [value for name, value in pairs if name == column]
     return any(value != values[0] for value in values)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of fields in a line that can be printed, whatever they hold."""
+    return ", ".join(name if name.isprintable() and name else ascii(name) for name in names)[:300]
 
 
 def kind(value: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.opening import READ_ERRORS, buffered, decoded, one_line, opened_text, valid
-from data.rows import BadRow, Spelled, ambiguous, kind, whole_rows
+from data.rows import BadRow, Spelled, ambiguous, kind, listed, whole_rows
 from eval.tasks import Row
 
 REQUIRED = ("_id", "input", "context", "answers", "all_classes")
@@ -68,7 +68,7 @@ def require(row: Any, spelling: str, columns: tuple[str, ...]) -> None:
     if missing:
         raise ValueError(
             f"lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
-            f"a row of LongBench's form has {', '.join(columns)}; this one has {', '.join(row) or 'none'}"
+            f"a row of LongBench's form has {', '.join(columns)}; this one has {listed(row) or 'none'}"
         )
     for column in columns:
         if ambiguous(spelling, column):
