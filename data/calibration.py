@@ -16,6 +16,7 @@ import torch
 from conf.schema import Config, SourceConfig, SourceKind
 from data.chats import is_chat
 from data.documents import MOST_HELD_OUT, VALIDATION, Split, unit
+from data.skipped import Skipped, tell
 from data.sources import Part, list_parts, read_texts, written_sources
 from data.workers import encode, end_of
 
@@ -78,7 +79,9 @@ def training_texts(config: Config) -> Iterator[str]:
     """Plain texts of the sources, by weight, none of which is held out under any configuration."""
     key = Split(config.data.seed, 0.0).key
     sources = {name: source for name, source in given_sources(config).items() if not source.messages_column}
-    streams = {name: alternate(list_parts(name, source, config.data.seed)) for name, source in sources.items()}
+    streams = {
+        name: alternate(list_parts(name, source, config.data.seed), Skipped()) for name, source in sources.items()
+    }
     return (text for text in by_weight(streams, sources) if never_held_out(key(text)))
 
 
@@ -105,11 +108,13 @@ def batches(
     """Rows of documents whose hash is `wanted`, drawn from the sources in proportion to their weights."""
     end = end_of(tokenizer, config.data.document_end)
     count = -(-tokens // length)
-    streams = {
-        name: rows(alternate(list_parts(name, source, config.data.seed)), tokenizer, wanted, split, length, end)
-        for name, source in sources.items()
+    skipped = {name: Skipped() for name in sources}
+    texts = {
+        name: alternate(list_parts(name, source, config.data.seed), skipped[name]) for name, source in sources.items()
     }
+    streams = {name: rows(each, tokenizer, wanted, split, length, end) for name, each in texts.items()}
     found = list(islice(by_weight(streams, sources), count))
+    tell(what, skipped)
     if len(found) < count:
         raise ValueError(
             f"too little {what}: {len(found)} sequences of {length} tokens found, {count} wanted; "
@@ -132,10 +137,10 @@ def by_weight(streams: dict[str, Iterator[Item]], sources: dict[str, SourceConfi
             yield item
 
 
-def alternate(parts: list[Part]) -> Iterator[str]:
+def alternate(parts: list[Part], skipped: Skipped) -> Iterator[str]:
     """Texts of a few parts in turn, then of the next few."""
     for start in range(0, len(parts), SPREAD):
-        streams = deque(map(read_texts, parts[start : start + SPREAD]))
+        streams = deque(read_texts(part, skipped) for part in parts[start : start + SPREAD])
         while streams:
             text = next(streams[0], None)
             if text is None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from data.opening import valid
+
 MARK = "\x1e"
 
 Message = dict[str, Any]
@@ -25,17 +27,72 @@ def is_chat(text: str) -> bool:
 
 
 def checked(value: Any) -> list[Message] | None:
-    """A row's messages; None for a row without any or with one that says nothing, ValueError for no conversation."""
-    if not value:
+    """A row's messages, each with a role and a text or tool calls; None for a row without any or with one that says
+    nothing, ValueError for what is no conversation.
+
+    Also taken: a list that is stored as its JSON, a list of structures that is stored as a structure of lists, and
+    contents that are lists of parts, if all parts are text.
+    """
+    if isinstance(value, str) and value.strip():
+        value = from_json(value)
+    if value is None or value in ("", [], {}) or (isinstance(value, str) and value.isspace()):
         return None
-    if isinstance(value, dict):  # a list of structures that was stored as a structure of lists
-        value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
-    if not isinstance(value, list) or not all(isinstance(each, dict) and "role" in each for each in value):
-        raise ValueError(f"a conversation is a list of {{role, content}}, not {str(value)[:100]}")
-    says = [each.get("content") is not None or bool(each.get("tool_calls")) for each in value]
-    if not any(says):
-        raise ValueError(f"a conversation is a list of {{role, content}}, not {str(value)[:100]}")
-    return value if all(says) else None
+    messages = [message(each) for each in list_of(value)]
+    says = [each.get("content") is not None or bool(each.get("tool_calls")) for each in messages]
+    return messages if all(says) and any(each.get("tool_calls") or said(each) for each in messages) else None
+
+
+def from_json(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise not_messages(value) from None
+
+
+def list_of(value: Any) -> list[Any]:
+    if isinstance(value, dict) and all(isinstance(each, list) for each in value.values()):
+        if len({len(each) for each in value.values()}) > 1:
+            raise not_messages(value)
+        return [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
+    if not isinstance(value, list):
+        raise not_messages(value)
+    return value
+
+
+def message(value: Any) -> Message:
+    """One message, its content as text; ValueError for none, and for text that no tokenizer can be given."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str) or not value["role"]:
+        raise not_messages(value)
+    if "content" not in value and not value.get("tool_calls"):  # null says nothing, and that is another matter
+        raise not_messages(value)
+    valid(json.dumps(value, default=str, ensure_ascii=False))
+    return value | {"content": content(value.get("content"))}
+
+
+def content(value: Any) -> str | None:
+    if isinstance(value, list) and value:
+        texts = [part["text"] for part in value if is_text(part)]
+        if len(texts) == len(value):
+            return "".join(texts)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"a message's content is text or parts of type text, not {short(value)}")
+    return value
+
+
+def is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+def said(message: Message) -> bool:
+    return bool(message["content"]) and not message["content"].isspace()
+
+
+def not_messages(value: Any) -> ValueError:
+    return ValueError(f"a conversation is a list of {{role, content}}, not {short(value)}")
+
+
+def short(value: Any) -> str:
+    return " ".join(str(value).split())[:100]
 
 
 def chat_tokens(tokenizer: Any, text: str) -> list[int]:
@@ -46,7 +103,7 @@ def chat_tokens(tokenizer: Any, text: str) -> list[int]:
             rendered = prompt(tokenizer, asked) + last["content"] + last["ended_by"]
         else:
             rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(
             f"the tokenizer's chat template refuses a conversation ({error}); leave such rows out of the data: "
             f"{text[1:300]}"

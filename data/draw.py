@@ -15,6 +15,7 @@ from data.chats import is_chat
 from data.documents import TRAIN, VALIDATION, Split, train_tokens, whole_sequences
 from data.progress import Progress
 from data.runs import RunWriter, merge
+from data.skipped import Skipped
 from data.sources import Part, list_parts, read_texts, written_sources
 from data.spill import Reading, certain, spill
 from data.take import Taken, allot, take
@@ -40,11 +41,15 @@ class Source:
 
 @dataclass
 class Drawn:
-    """One side of the sample: sorted runs of its documents' tokens, what each source gave, and which fell short."""
+    """One side of the sample: sorted runs of its documents' tokens, what each source gave, and which fell short.
+
+    `skipped` is what reading a source left out, for both sides together.
+    """
 
     runs: list[str]
     taken: list[Taken]
     short: list[int]
+    skipped: list[Skipped]
 
     @property
     def tokens(self) -> int:
@@ -61,10 +66,13 @@ def open_sources(config: Config, tokenizer: Any) -> list[Source]:
     sources = []
     for name, source in written_sources(config, tokenizer).items():
         parts = list_parts(name, source, config.data.seed)
-        texts = islice(chain.from_iterable(map(read_texts, parts)), SAMPLE_DOCUMENTS)
+        skipped = Skipped()
+        texts = islice(chain.from_iterable(read_texts(part, skipped) for part in parts), SAMPLE_DOCUMENTS)
         sample = [text if is_chat(text) else text[:SAMPLE_CHARACTERS] for text in texts]
         if not sample:
-            raise ValueError(f"data.sources.{name} is empty: no text in {sum(len(p.files) for p in parts)} files")
+            files = sum(len(part.files) for part in parts)
+            why = f" ({skipped})" if str(skipped) else ""
+            raise ValueError(f"data.sources.{name} is empty: no text in {files} files{why}")
         ratio = sum(map(len, sample)) / max(1, sum(map(len, encode(tokenizer, sample, None))))
         split = split_of(config, config.data.sources[name])
         sources.append(Source(name, source.weight, parts, ratio, source.kind is SourceKind.local, split))
@@ -150,7 +158,8 @@ class Taker:
         progress = Progress(f"sample {side}", sum(wants), "tokens")
         taken = take(certain(runs, self.readings), wants, self.workers, writer, progress)
         progress.close()
-        return Drawn(writer.close(), taken, [i for i, want in enumerate(wants) if taken[i].tokens < want])
+        short = [i for i, want in enumerate(wants) if taken[i].tokens < want]
+        return Drawn(writer.close(), taken, short, [reading.skipped for reading in self.readings])
 
     def take_held_out(self, wants: list[int], weights: list[float]) -> Drawn:
         """A source with too few held-out documents gives what it has, and the others make up for it."""

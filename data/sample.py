@@ -15,11 +15,13 @@ workers nor a restart.
 
 Written: `train-*.parquet` and `validation-*.parquet` (data/pack.py), `manifest.json`. Memory stays flat:
 texts and tokens wait on disk in sorted runs (data/runs.py). A run that was killed reads on where it was.
+The manifest counts by source what was skipped: rows without text, files without a row, a few bad rows.
 """
 
 import hashlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from data.documents import TRAIN, VALIDATION, Split
 from data.draw import Drawn, Source, draw, open_sources
 from data.pack import write_shards
 from data.runs import merge
+from data.skipped import Skipped
 from data.workers import end_of
 
 
@@ -93,6 +96,7 @@ def describe(config: Config, sources: list[Source], drawn: dict[str, Drawn], tok
             "documents": drawn[TRAIN].taken[i].documents,
             "validation_tokens": drawn[VALIDATION].taken[i].tokens,
             "validation_documents": drawn[VALIDATION].taken[i].documents,
+            "skipped": asdict(drawn[TRAIN].skipped[i]),
         }
         for i, source in enumerate(sources)
     }
@@ -137,6 +141,8 @@ def print_summary(manifest: dict[str, Any], folder: Path) -> None:
             f"  {name[:30]:30} {source['reached_share']:7.2%} of {source['wanted_share']:7.2%} wanted"
             f"  {source['tokens']:>14,} tokens"
         )
+        if skipped := str(Skipped(**source["skipped"])):
+            print(f"    skipped: {skipped}")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -1,7 +1,8 @@
 """Corpora as streams of texts: files on disk, datasets of the Hugging Face hub, the Python environment.
 
 A source is listed as parts (a file, or a few small ones) in an order that depends on seed and file names
-alone; each part is read by itself, by any process, through streaming `datasets`.
+alone; each part is read by itself, by any process, as a stream. Of its rows only the wanted column is looked at;
+rows without text are left out, and so are a few bad ones (data/skipped.py).
 
     local    JSON lines or arrays, Parquet: one document a row. Text files: one document a file; a text file
              above 1 MiB is taken for a whole corpus and cut at line ends into documents of about 100 kB.
@@ -12,19 +13,20 @@ alone; each part is read by itself, by any process, through streaming `datasets`
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from conf.plan import Plan
 from conf.schema import Config, SourceConfig, SourceKind
 from data import builtin
 from data.chats import as_text, checked, require_template
 from data.documents import name_rank
+from data.opening import READ_ERRORS, is_compressed, one_line, plain, text_of, valid
+from data.rows import BadRow, MissingColumn, Row, json_rows, kind, parquet_rows, text_lines
+from data.skipped import FileRows, Skipped
 
 FORMATS = {
     **dict.fromkeys((".jsonl", ".json", ".ndjson"), "json"),
@@ -97,9 +99,9 @@ def grouped(
 
 def as_part(name: str, source: SourceConfig, format: str, group: list[tuple[str, int | None]]) -> Part:
     chats = source.messages_column is not None  # the template adds to what is in the file
-    plain = not chats and format != "parquet" and not any(path.endswith(COMPRESSIONS) for path, _ in group)
+    as_it_is = not chats and format != "parquet" and not any(compressed(path) for path, _ in group)
     sizes = [size for _, size in group if size is not None]
-    whole = sum(sizes) if plain and len(sizes) == len(group) else None
+    whole = sum(sizes) if as_it_is and len(sizes) == len(group) else None
     column = source.messages_column or source.text_column
     return Part(name, format, tuple(path for path, _ in group), column, chats, whole)
 
@@ -108,10 +110,17 @@ def file_size(path: str) -> int | None:
     return os.stat(path).st_size if os.path.exists(path) else None
 
 
+def compressed(path: str) -> bool:
+    """By its content where it lies here, for names say otherwise or nothing."""
+    return is_compressed(path) if os.path.exists(path) else path.lower().endswith(COMPRESSIONS)
+
+
 def local_files(name: str, source: SourceConfig) -> dict[str, str]:
     """Absolute path and format of every file that `data_files` means."""
     files: dict[str, str] = {}
     for pattern in source.data_files:
+        if not pattern.strip():
+            raise ValueError(f"data.sources.{name}.data_files: {source.data_files} has an empty entry")
         expanded = os.path.abspath(os.path.expanduser(pattern))
         is_folder = os.path.isdir(expanded)
         if is_folder:
@@ -120,7 +129,8 @@ def local_files(name: str, source: SourceConfig) -> dict[str, str]:
             matches = [expanded] if os.path.exists(expanded) else glob(expanded, recursive=True)
         found = {path: file_format(path) for path in matches if os.path.isfile(path)}
         if not found:
-            raise ValueError(f"data.sources.{name}.data_files: nothing matches {pattern}")
+            what = f"there are no files in {pattern}" if is_folder else f"nothing matches {pattern}"
+            raise ValueError(f"data.sources.{name}.data_files: {what}")
         unknown = [path for path, format in found.items() if format is None]
         # In a folder other things may lie about; a file that was named is wanted.
         if len(unknown) == len(found) or (unknown and not is_folder):
@@ -130,6 +140,11 @@ def local_files(name: str, source: SourceConfig) -> dict[str, str]:
                 f"also with {' '.join(COMPRESSIONS)}"
             )
         files |= {path: format for path, format in found.items() if format is not None}
+    for path in files:
+        try:
+            valid(path)
+        except ValueError as error:
+            raise ValueError(f"data.sources.{name}.data_files: the name {path!r} {error}; rename the file") from None
     return files
 
 
@@ -138,7 +153,7 @@ def file_format(path: str) -> str | None:
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     format = FORMATS.get(suffixes[-1]) if suffixes else None
-    large = format == "text" and not path.endswith(COMPRESSIONS) and (file_size(path) or 0) > CORPUS_BYTES
+    large = format == "text" and (file_size(path) or 0) > CORPUS_BYTES and not compressed(path)
     return "lines" if large else format
 
 
@@ -149,10 +164,10 @@ def hub_files(name: str, source: SourceConfig) -> dict[str, str]:
     assert source.path, "checked by the schema"
     try:
         builder = load_dataset_builder(source.path, source.name)
-    except (OSError, ValueError) as error:  # not reachable, no such dataset, no such configuration
+    except Exception as error:  # not reachable, no such dataset or configuration, or whatever its own files lead to
         raise ValueError(
             f"data.sources.{name}: cannot open the dataset {source.path} "
-            f"(configuration {source.name or 'default'}): {error}"
+            f"(configuration {source.name or 'default'}): {one_line(error)}"
         ) from error
     format = str(builder.info.builder_name)
     splits = builder.config.data_files or {}
@@ -161,95 +176,95 @@ def hub_files(name: str, source: SourceConfig) -> dict[str, str]:
             f"data.sources.{name}: {source.path} has {format} files with splits {sorted(splits)}; "
             f"wanted are {sorted(set(FORMATS.values()))} files and the split {source.split}"
         )
-    return {str(file): format for file in splits[source.split]}
+    return {member: format for file in splits[source.split] for member in unpacked(str(file))}
 
 
-def read_texts(part: Part) -> Iterator[str]:
-    """The documents of a part, stripped, in file order; ValueError with the file's name where it cannot be read."""
+def unpacked(file: str) -> list[str]:
+    """The addresses of the files in a zip file; any other file is its own."""
+    if not file.lower().endswith(".zip"):
+        return [file]
+    from datasets import StreamingDownloadManager
+
+    manager = StreamingDownloadManager()
+    return list(manager.iter_files([manager.extract(file)]))
+
+
+def read_texts(part: Part, skipped: Skipped | None = None) -> Iterator[str]:
+    """The documents of a part, stripped, in file order; what is left out is counted in `skipped`.
+
+    ValueError with the names of source and file, and the row's number, where a file cannot be read.
+    """
     for file in part.files:
         try:
-            for value in file_values(part, file):
-                if part.chats:
-                    messages = checked(value)
-                    if messages:
-                        yield as_text(messages)
-                elif value and not value.isspace():
-                    yield value.strip()
-        except MissingColumn:
-            raise
-        except (OSError, EOFError, ValueError, RuntimeError, pa.ArrowException) as error:
-            raise ValueError(f"data.sources.{part.source}: cannot read {file}: {error}") from error
+            if part.format in builtin.CORPORA:
+                yield from not_blank(builtin.read_texts(part.format, file))
+            else:
+                yield from file_texts(part, file, FileRows(file, Skipped() if skipped is None else skipped))
+        except MissingColumn as error:
+            option = "messages_column" if part.chats else "text_column"
+            raise ValueError(f"data.sources.{part.source}.{option}={part.column}: {file} has {error}") from None
+        except READ_ERRORS as error:
+            raise ValueError(f"data.sources.{part.source}: cannot read {file}: {one_line(error)}") from error
 
 
-class MissingColumn(ValueError):
-    pass
+def file_texts(part: Part, file: str, counted: FileRows) -> Iterator[str]:
+    if part.chats:
+        if part.format in ("text", "lines"):
+            raise ValueError("a text file holds no conversations; messages_column needs JSON lines or Parquet")
+        return documents(file_rows(part, file), conversation, counted)
+    if part.format == "lines":
+        return not_blank(merged_lines(documents(text_lines(file), plain, counted)))
+    if part.format == "text":
+        return documents(enumerate([text_of(file)], 1), text_cell, counted)
+    return documents(file_rows(part, file), text_cell, counted)
 
 
-def file_values(part: Part, file: str) -> Iterator[Any]:
-    """Texts, or lists of messages; None where a row has none."""
-    if part.format in builtin.CORPORA:
-        yield from builtin.read_texts(part.format, file)
-    elif part.chats and part.format in ("text", "lines"):
-        raise ValueError("a text file holds no conversations; messages_column needs JSON lines or Parquet")
-    elif part.format == "lines":
-        yield from merged_lines(column_values("text", file, "text", 4096, sample_by="line", keep_linebreaks=True))
-    elif part.format == "text":
-        yield from column_values("text", file, "text", sample_by="document")
-    else:
-        if os.path.exists(file) and os.stat(file).st_size == 0:
-            return
-        require_column(part, file)
-        options: dict[str, Any] = {"columns": [part.column]} if part.format == "parquet" else {}  # reads nothing else
-        if part.chats:
-            yield from conversations(part, file, **options)
+def file_rows(part: Part, file: str) -> Iterator[Row]:
+    return (parquet_rows if part.format == "parquet" else json_rows)(file, part.column)
+
+
+def documents(rows: Iterable[Row], take: Callable[[Any], str | None], counted: FileRows) -> Iterator[str]:
+    """What `take` makes of the rows; it raises ValueError for a bad one and says None to one that holds nothing."""
+    for number, value in rows:
+        try:
+            if isinstance(value, BadRow):
+                raise value
+            text = take(value)
+        except ValueError as error:
+            counted.leave_bad(number, error)
+            continue
+        if text is None:
+            counted.leave_empty()
         else:
-            yield from column_values(part.format, file, part.column, **options)
+            counted.good += 1
+            yield text
+    counted.close()
 
 
-def open_stream(format: str, file: str, **options: Any) -> Any:
-    import datasets
-
-    # Else every opening of a file asks the hub to count it, and waits seconds where there is no network.
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    literal = escape(file) if os.path.exists(file) else file
-    return datasets.load_dataset(format, data_files=[literal], split="train", streaming=True, **options)
-
-
-def require_column(part: Part, file: str) -> None:
-    stream = open_stream(part.format, file)
-    columns = stream.column_names or list(next(iter(stream), {}))
-    if columns and part.column not in columns:
-        raise MissingColumn(
-            f"data.sources.{part.source}.{column_option(part)}={part.column}: {file} has no such column; "
-            f"it has {', '.join(columns)}"
-        )
+def text_cell(value: Any) -> str | None:
+    """A row's text; None where it has none."""
+    if isinstance(value, bytes):  # some writers of Parquet do not say that their bytes are text
+        value = value.decode("utf-8", "surrogateescape")
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"holds {kind(value)}, not text")
+    return valid(value).strip() if value and not value.isspace() else None
 
 
-def column_option(part: Part) -> str:
-    return "messages_column" if part.chats else "text_column"
+def not_blank(texts: Iterable[str]) -> Iterator[str]:
+    return (text.strip() for text in texts if text and not text.isspace())
 
 
-def conversations(part: Part, file: str, **options: Any) -> Iterator[Any]:
-    for row in open_stream(part.format, file, **options).select_columns([part.column]):
-        yield row[part.column]
+def conversation(value: Any) -> str | None:
+    messages = checked(value)
+    return as_text(messages) if messages else None
 
 
-def column_values(format: str, file: str, column: str, batch: int = 64, **options: Any) -> Iterator[str | None]:
-    stream = open_stream(format, file, **options)
-    for table in stream.select_columns([column]).with_format("arrow").iter(batch):
-        values = table.column(column)
-        is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
-        if not is_text and values.null_count < len(values):
-            raise ValueError(f"column {column} holds {values.type}, not text")
-        yield from values.to_pylist()
-
-
-def merged_lines(lines: Iterable[str | None]) -> Iterator[str]:
+def merged_lines(lines: Iterable[str]) -> Iterator[str]:
     held: list[str] = []
     size = 0
     for line in lines:
-        held.append(line or "")
-        size += len(held[-1])
+        held.append(line)
+        size += len(line)
         if size >= CORPUS_DOCUMENT:
             yield "".join(held)
             held, size = [], 0

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from conf.stage import digest, write_json
 from data.documents import SIDES, Split, pieces
 from data.progress import Progress
 from data.runs import Record, RunWriter
+from data.skipped import Skipped
 from data.sources import Part, read_texts
 from data.workers import Workers
 
@@ -48,6 +50,7 @@ class Found:
     characters: dict[str, list[int]]  # by side, in bins of rank
     limit: dict[str, float]
     complete: bool
+    skipped: dict[str, Any] = field(default_factory=dict)  # as of Skipped
 
 
 def spill_part(task: Task) -> Found:
@@ -59,7 +62,8 @@ def spill_part(task: Task) -> Found:
     writers = {side: RunWriter(prefix.with_name(f"{name}-{side}")) for side in SIDES}
     characters = {side: np.zeros(BINS, dtype=np.int64) for side in SIDES}
     limit, stopped = dict(task.limit), False
-    for number, text in enumerate(read_texts(task.part), 1):
+    skipped = Skipped()
+    for number, text in enumerate(read_texts(task.part, skipped), 1):
         key = task.split.key(text)
         side, rank = task.split.place(key)
         if rank < limit[side]:
@@ -77,6 +81,7 @@ def spill_part(task: Task) -> Found:
         characters={side: characters[side].tolist() for side in SIDES},
         limit=limit,
         complete=not stopped and all(value == 1 for value in limit.values()),
+        skipped=asdict(skipped),
     )
     Path(task.folder).mkdir(parents=True, exist_ok=True)
     write_json(record, asdict(found))
@@ -103,6 +108,7 @@ class Reading:
     )
     limit: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SIDES, 1.0))
     complete: bool = True
+    skipped: Skipped = field(default_factory=Skipped)
 
     def total(self, side: str) -> int:
         return int(self.characters[side].sum())
@@ -126,6 +132,7 @@ class Reading:
             self.characters[side] += np.asarray(found.characters[side])
             self.limit[side] = min(self.limit[side], found.limit[side])
         self.complete &= found.complete
+        self.skipped.add(Skipped(**found.skipped))
 
 
 def spill(workers: Workers, readings: list[Reading], folder: Path) -> None:

@@ -4,12 +4,11 @@ Prompt and reading of the answer are its repository's, without examples and with
 its middle there too. Rows are its `data.json`, from the hub or as `longbench_v2.json` in a folder.
 """
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from conf.evaluation import LONGBENCH_V2
+from eval.rows import checked_rows, rows_of_file, text
 from eval.tasks import Row, Task
 
 HUB_REPOSITORY, HUB_FILE = "THUDM/LongBench-v2", "data.json"
@@ -45,18 +44,22 @@ TASK = Task(LONGBENCH_V2, PROMPT, 128, choice_score, "1")
 
 def read(file: Path) -> list[Row]:
     """Rows of a `data.json`, in the form of LongBench v1's with the choices beside; ValueError for another form."""
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{file} holds no rows: a list of questions is wanted")
-    return [row_of(row, f"{file}, row {number}") for number, row in enumerate(rows, 1)]
+    return checked_rows(rows_of_file(file), str(file), COLUMNS, row_of, before=", row ")
 
 
-def row_of(row: dict[str, Any], place: str) -> Row:
-    missing = [column for column in COLUMNS if column not in row]
-    if missing:
-        raise ValueError(f"{place} lacks the columns {', '.join(missing)}; it has {', '.join(row)}")
-    texts = {column: row[column].strip() for column in COLUMNS if column not in ("_id", "answer")}
-    return row | texts | {"input": texts["question"], "answers": [row["answer"]], "all_classes": None}
+def row_of(row: Row) -> Row:
+    texts = {column: text(row, column).strip() for column in COLUMNS if column not in ("_id", "answer")}
+    return texts | {
+        "_id": text(row, "_id"),
+        "input": texts["question"],
+        "answers": [letter(text(row, "answer"))],
+        "all_classes": None,
+    }
+
+
+def letter(answer: str) -> str:
+    """A right answer as its letter alone."""
+    found = answer.strip(" \t\r\n().").upper()
+    if found not in tuple(LETTERS):
+        raise ValueError(f"has the answer {answer[:100]!r}; it is one of the letters {', '.join(LETTERS)}")
+    return found

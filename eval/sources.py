@@ -1,22 +1,21 @@
 """Where the rows of the generation tasks come from: a local folder, the hub, or built-in generators.
 
-Rows have LongBench's eight fields; the five that scoring needs are checked, so that a file of another form
-is an error before any model is loaded.
+Rows have LongBench's eight fields; the five that scoring needs are checked (eval/rows.py), so that a file of another
+form is an error before any model is loaded.
 """
 
-import json
-import zipfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from conf.evaluation import LONGBENCH_TASKS, LONGBENCH_V2, EvalConfig, TaskSource
+from data.rows import row_a_line
 from eval import longbench_v2
 from eval.builtin import DEFAULT_ROWS, builtin_rows
-from eval.tasks import Row, Task, task_table
+from eval.rows import REQUIRED, checked_rows, longbench_row, members_of, rows_of_file, rows_of_member
+from eval.tasks import Row, Task, longbench_tasks, task_table
 
-REQUIRED = ("_id", "input", "context", "answers", "all_classes")
 HUB_REPOSITORY, HUB_FILE = "THUDM/LongBench", "data.zip"
-READERS = {LONGBENCH_V2: longbench_v2.read}  # of files that are not JSON lines
 
 
 def load_rows(config: EvalConfig, fits: Callable[[Task, str], bool]) -> list[tuple[Task, list[Row]]]:
@@ -49,34 +48,27 @@ def local_reader(config: EvalConfig) -> Iterable[tuple[str, list[Row]]]:
         wanted = ", ".join(files[name].name for name in missing) or "<task>.jsonl"
         raise ValueError(f"eval.data_dir={folder}: {wanted} not found; {has}")
     wanted_tasks = config.tasks or [name for name in there if name != LONGBENCH_V2] or there
-    return [(name, READERS.get(name, read_rows)(files[name])) for name in wanted_tasks]
+    return [
+        (
+            name,
+            longbench_v2.read(files[name]) if name == LONGBENCH_V2 else read_rows(files[name], longbench_tasks()[name]),
+        )
+        for name in wanted_tasks
+    ]
 
 
-def read_rows(file: Path) -> list[Row]:
-    with file.open(encoding="utf-8") as stream:
-        return parse_rows(stream, str(file))
+def read_rows(file: Path, task: Task) -> list[Row]:
+    """Rows of a task's file, JSON lines or an array; ValueError with the place for one that cannot be scored."""
+    return checked_rows(rows_of_file(file), str(file), REQUIRED, partial(fitted, task))
+
+
+def fitted(task: Task, row: Row) -> Row:
+    return task.fit(longbench_row(row))
 
 
 def parse_rows(lines: Iterable[str], name: str) -> list[Row]:
-    """Rows of JSON lines; ValueError with the place for a broken line or a missing column."""
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}:{number} is not JSON: {error}") from None
-        missing = [column for column in REQUIRED if column not in row]
-        if missing:
-            raise ValueError(
-                f"{name}:{number} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
-                f"a row of LongBench's form has {', '.join(REQUIRED)}; this one has {', '.join(row)}"
-            )
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{name} holds no rows")
-    return rows
+    """Rows of JSON lines, whatever the task; ValueError with the place for a broken line or a missing column."""
+    return checked_rows(row_a_line(lines), name, REQUIRED, longbench_row)
 
 
 def hub_reader(tasks: list[str]) -> Iterable[tuple[str, list[Row]]]:
@@ -107,13 +99,12 @@ def hub_file(repository: str, name: str, local: str) -> Path:
 
 def zip_rows(file: Path, tasks: list[str]) -> list[tuple[str, list[Row]]]:
     """Rows of `data/<task>.jsonl` (in whatever folder) inside LongBench's zip file."""
+    members = {Path(name).name: name for name in members_of(file) if "__MACOSX" not in name}
     found = []
-    with zipfile.ZipFile(file) as archive:
-        members = {Path(name).name: name for name in archive.namelist() if "__MACOSX" not in name}
-        for task in tasks or LONGBENCH_TASKS:
-            member = members.get(f"{task}.jsonl")
-            if member is None:
-                raise ValueError(f"{file} holds no {task}.jsonl; it has {', '.join(sorted(members))}")
-            lines = archive.read(member).decode("utf-8").split("\n")  # not splitlines: U+2028 is no line end
-            found.append((task, parse_rows(lines, f"{file}:{member}")))
+    for name in tasks or LONGBENCH_TASKS:
+        member = members.get(f"{name}.jsonl")
+        if member is None:
+            raise ValueError(f"{file} holds no {name}.jsonl; it has {', '.join(sorted(members))}")
+        take = partial(fitted, longbench_tasks()[name])
+        found.append((name, checked_rows(rows_of_member(file, member), f"{file}:{member}", REQUIRED, take)))
     return found

@@ -6,6 +6,7 @@ built-in tasks are rows of the same form (eval/builtin.py) with the same scorers
 """
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,26 @@ class Task:
     first_line: bool = False  # only the first non-empty line of the output counts
     newline_ends: bool = False  # a newline token ends generation, from the second token on (samsum)
     chat: bool = True  # whether a chat template may wrap the prompt
+    answer_form: str = ""  # how the scorer wants answers that are numbers, {} for the number
+    has_classes: bool = False  # whether the scorer chooses among the row's classes
+
+    def fit(self, row: Row) -> Row:
+        """The row as the scorer reads it; ValueError where it cannot."""
+        classes = row["all_classes"]
+        named = isinstance(classes, list) and classes and all(isinstance(each, str) and each for each in classes)
+        if self.has_classes and not named:
+            raise ValueError(f"has no list of texts as all_classes, among which the task {self.name} chooses")
+        return row | {"answers": [self._fit_answer(each) for each in row["answers"]]}
+
+    def _fit_answer(self, answer: str) -> str:
+        if not self.answer_form:
+            return answer
+        if re.fullmatch(r"\d+", answer.strip()):
+            return self.answer_form.format(answer.strip())
+        before = self.answer_form.format("")
+        if not before or not re.search(rf"{before}\d", answer):
+            raise ValueError(f"has the answer {answer[:100]!r}; the task {self.name} wants a whole number")
+        return answer
 
     def render(self, row: Row) -> str:
         from lm_eval.utils import apply_template
@@ -43,7 +64,7 @@ class Task:
         """Score of one output between 0 and 1: the best over the row's answers."""
         if self.first_line:
             output = output.lstrip("\n").split("\n")[0]
-        return float(self.scorer(row, [output])["score"])
+        return float(self.scorer(self.fit(row), [output])["score"])
 
 
 # LongBench's prompts end in white space that lm_eval's files drop, and separate two examples by an empty line.
@@ -59,6 +80,8 @@ _REVISION = 1  # of the changes made here to lm_eval's tasks; part of the versio
 # lm_eval stops these at any newline, so that an output that begins with one scores 0; LongBench skips it.
 _FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}
 _NO_CHAT = _FIRST_LINE | {"lcc", "repobench-p"}
+_ANSWER_FORMS = {"passage_retrieval_en": "Paragraph {}", "passage_retrieval_zh": "段落{}", "passage_count": "{}"}
+_CLASSES = {"trec", "lsht"}
 
 
 @cache
@@ -82,6 +105,8 @@ def longbench_tasks() -> dict[str, Task]:
             first_line=name in _FIRST_LINE,
             newline_ends=name == "samsum",
             chat=name not in _NO_CHAT,
+            answer_form=_ANSWER_FORMS.get(name, ""),
+            has_classes=name in _CLASSES,
         )
     return tasks
 

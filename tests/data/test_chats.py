@@ -116,8 +116,11 @@ def test_a_sample_and_calibration_of_text_and_conversations(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"messages": "hello"}', "a.jsonl: a conversation is a list of {role, content}, not hello"),
-        ('{"messages": [{"from": "human", "value": "w3"}]}', "a.jsonl: a conversation is a list of {role, content}"),
+        ('{"messages": "hello"}', "a.jsonl: row 1: a conversation is a list of {role, content}, not hello"),
+        (
+            '{"messages": [{"from": "human", "value": "w3"}]}',
+            "a.jsonl: row 1: a conversation is a list of {role, content}",
+        ),
         ('{"text": "w3"}', "messages_column=messages: .*a.jsonl has no such column; it has text"),
     ],
 )

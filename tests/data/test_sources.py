@@ -139,10 +139,10 @@ def test_hub_sample_reads_only_what_it_needs(tmp_path: Path, monkeypatch: pytest
         ("a.jsonl", b"", "data.sources.corpus is empty"),
         ("a.jsonl", b'{"text": ""}\n', "data.sources.corpus is empty"),
         ("a.jsonl", b"this is not JSON\n", "cannot read .*a.jsonl"),
-        ("a.jsonl", b'{"text": 3}\n', "cannot read .*a.jsonl: column text holds int64"),
+        ("a.jsonl", b'{"text": 3}\n', "cannot read .*a.jsonl: row 1: holds a number, not text"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:40], "cannot read .*a.jsonl.gz"),
         ("a.parquet", b"PAR1 no", "cannot read .*a.parquet"),
-        ("a.txt", b"\xff\xfe\x00bad", "cannot read .*a.txt"),
+        ("a.txt", b"caf\xe9", "cannot read .*a.txt: holds the byte 0xe9, which is not UTF-8 there .character 4"),
         ("a.pdf", b"x", "no known format; known are .jsonl"),
     ],
 )

@@ -109,7 +109,12 @@ def test_the_second_longbench_is_one_task_where_it_is_named(tmp_path):
 
 
 def test_another_form_of_the_second_longbench_is_named(tmp_path):
-    for content, message in (("{", "not JSON"), ("{}", "holds no rows"), ('[{"_id": 1}]', "row 1 lacks the columns")):
+    for content, message in (
+        ("{", "not JSON"),
+        ("{}", "row 1 lacks the columns"),
+        ("[]", "holds no rows"),
+        ('[{"_id": 1}]', "row 1 lacks the columns"),
+    ):
         (tmp_path / "longbench_v2.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             load(tmp_path, tasks=["longbench_v2"])
