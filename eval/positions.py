@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import transformers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import mha2mla  # noqa: F401  registers the classes of converted models
 from conf.precision import native_autocast
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
+from data.tokens import check_ids, plain_ids
 from eval.arguments import named_checkpoints
 from eval.perplexity import HEAD_TOKENS
 from eval.picture import quiet_pyplot, save
@@ -37,7 +38,7 @@ def long_documents(files: list[str], tokenizer: Any, length: int, count: int) ->
     while streams and len(found) < count:
         stream = streams.pop(0)
         for text in stream:
-            ids = tokenizer(text[: 8 * length], add_special_tokens=False, verbose=False)["input_ids"]
+            ids = plain_ids(tokenizer, text[: 8 * length])
             if len(ids) >= length:
                 found.append(torch.tensor(ids[:length]))
                 streams.append(stream)
@@ -118,6 +119,8 @@ def main() -> None:
         models = named_checkpoints(options.models)
         tokenizer = AutoTokenizer.from_pretrained(next(iter(models.values())))
         documents = long_documents(options.files, tokenizer, options.length, options.documents)
+        for folder in models.values():
+            check_ids(f"--files for {folder}", documents, tokenizer, AutoConfig.from_pretrained(folder))
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
     places = ranges(options.length)
