@@ -11,6 +11,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from data.opening import valid
+from data.tokens import plain_ids
 
 MARK = "\x1e"
 
@@ -108,8 +109,7 @@ def chat_tokens(tokenizer: Any, text: str) -> list[int]:
             f"the tokenizer's chat template refuses a conversation ({error}); leave such rows out of the data: "
             f"{text[1:300]}"
         ) from error
-    ids: list[int] = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return plain_ids(tokenizer, rendered)
 
 
 def prompt(tokenizer: Any, messages: list[Message]) -> str:

@@ -20,7 +20,7 @@ The manifest counts by source what was skipped: rows without text, files without
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from data.draw import Drawn, Source, draw, open_sources
 from data.pack import write_shards
 from data.runs import merge
 from data.skipped import Skipped
+from data.tokens import check_ids
 from data.workers import end_of
 
 
@@ -53,7 +54,9 @@ def sample(config: Config) -> None:
     with stage.run(resumable=True, force=config.force):
         work = stage.folder / "work"
         drawn = draw(config, sources, tokenizer, work)
-        shards = [path for side in (TRAIN, VALIDATION) for path in write_side(config, drawn[side], side, work)]
+        shards = [
+            path for side in (TRAIN, VALIDATION) for path in write_side(config, drawn[side], side, work, tokenizer)
+        ]
         manifest = describe(config, sources, drawn, tokenizer)
         manifest["shards"] = {path.name: file_hash(path) for path in shards}
         for path in shards:
@@ -72,14 +75,33 @@ def load_tokenizer(config: Config) -> Any:
     except OSError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the tokenizer of model.path={config.model.path} cannot be loaded: {reason}") from error
-    end_of(tokenizer, config.data.document_end)
+    end = end_of(tokenizer, config.data.document_end)
+    check_ids("the end of every document", [] if end is None else [[end]], tokenizer, model_config(config))
     return tokenizer
 
 
-def write_side(config: Config, drawn: Drawn, side: str, work: Path) -> list[Path]:
+def model_config(config: Config) -> Any:
+    """The model's own; None for a folder that holds a tokenizer and no model."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(local_model(config), revision=config.model.revision)
+    except (OSError, ValueError):
+        return None
+
+
+def checked(documents: Iterable[np.ndarray], tokenizer: Any, model: Any) -> Iterator[np.ndarray]:
+    """The same documents; ValueError at one with a token that the model does not embed."""
+    for ids in documents:
+        check_ids("data for training", [ids], tokenizer, model)
+        yield ids
+
+
+def write_side(config: Config, drawn: Drawn, side: str, work: Path, tokenizer: Any) -> list[Path]:
     """Pack one side's documents, in the order of their hashes, into shards."""
     data = config.data
-    documents: Iterator[np.ndarray] = (np.frombuffer(record.payload, np.int32) for record in merge(drawn.runs))
+    ids: Iterator[np.ndarray] = (np.frombuffer(record.payload, np.int32) for record in merge(drawn.runs))
+    documents = checked(ids, tokenizer, model_config(config))
     rows_per_shard = max(1, data.shard_tokens // data.sequence_length)
     rows = drawn.tokens // data.sequence_length
     return write_shards(documents, rows, data.sequence_length, rows_per_shard, work, side)

@@ -12,6 +12,8 @@ import torch
 from transformers import GenerationConfig
 
 from data.chats import Message, prompt
+from data.stops import end_tokens, pad_token, padded_left
+from data.tokens import check_ids, plain_ids
 
 TOGETHER = 32  # conversations generated as one batch
 LONGEST_QUESTION = 96  # tokens
@@ -36,17 +38,15 @@ class Speaker:
         self.texts, self.read = texts, 0
         self.opening, self.turn_end = user_turn(tokenizer)
         self.special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        tokenizer.padding_side = "left"
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        ends = model.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        settings = model.generation_config
+        self.ends = end_tokens(tokenizer, settings, model.config)
+        self.pad = pad_token(tokenizer, settings, model.config)
         # All of it: `generate` fills what a configuration leaves open from the checkpoint's own.
         model.generation_config = GenerationConfig(
             do_sample=True,
             temperature=1.0,
             top_k=50,
-            eos_token_id=sorted(ends),
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=self.pad,
         )
 
     def conversations(self, number: int) -> list[list[Message]]:
@@ -96,16 +96,16 @@ class Speaker:
         """
         if not prompts:
             return []
-        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        ends = list(self.model.generation_config.eos_token_id)
+        rows, ends = [plain_ids(self.tokenizer, text) for text in prompts], self.ends
+        check_ids("conversations", rows, self.tokenizer, self.model.config)
+        ids, mask = (states.to(self.model.device) for states in padded_left(rows, self.pad))
         if stop in self.special:  # else it is found in the text, when all of it is there
-            ends.append(self.tokenizer.convert_tokens_to_ids(stop))
-        output = self.model.generate(**batch.to(self.model.device), max_new_tokens=room, eos_token_id=ends)
-        return [self.said(row, stop) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
+            ends = [*ends, self.tokenizer.convert_tokens_to_ids(stop)]
+        output = self.model.generate(ids, attention_mask=mask, max_new_tokens=room, eos_token_id=ends or None)
+        return [self.said(row, stop) for row in output[:, ids.shape[1] :].tolist()]
 
     def said(self, ids: list[int], stop: str | None) -> tuple[str, str]:
-        ends = self.model.generation_config.eos_token_id
-        place = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        place = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
         text, end = self.tokenizer.decode(ids[:place]), self.tokenizer.decode(ids[place : place + 1])
         if stop and stop in text:
             text, end = text.partition(stop)[0], stop

@@ -7,11 +7,12 @@ import torch
 
 from data.opening import READ_ERRORS, one_line, text_of
 from data.sources import file_format
+from data.tokens import plain_ids
 
 
 def text_windows(tokenizer: Any, file: Path, length: int, tokens: int) -> list[torch.Tensor]:
     """The first `tokens` tokens of a text file in consecutive windows of `length`; ValueError where it is no text."""
-    ids = tokenizer(plain_text(file), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = plain_ids(tokenizer, plain_text(file))
     count = min(tokens, len(ids)) // length
     if not count:
         raise ValueError(f"{file} has {len(ids)} tokens, less than a window of {length}")

@@ -16,6 +16,7 @@ import numpy as np
 
 from conf.schema import DocumentEnd
 from data.chats import chat_tokens, is_chat
+from data.tokens import begun_ids
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -83,15 +84,8 @@ def encode(tokenizer: Any, texts: list[str], end: int | None) -> list[np.ndarray
     Special tokens that are spelled out in a text stay text, or documentation about tokenizers would end documents.
     Conversations are as the chat template writes them.
     """
-    options = {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
-    plain = [text for text in texts if not is_chat(text)]
-    last = tokenizer.eos_token_id  # some tokenizers put it behind every text themselves
-
-    def ended(row: list[int]) -> list[int]:
-        row = row[:-1] if row and row[-1] == last else row
-        return row if end is None else [*row, end]
-
-    rows = map(ended, tokenizer(plain, **options)["input_ids"] if plain else ())
+    plain = begun_ids(tokenizer, [text for text in texts if not is_chat(text)], split_special_tokens=True)
+    rows = iter(plain if end is None else [[*row, end] for row in plain])
     return [np.asarray(chat_tokens(tokenizer, text) if is_chat(text) else next(rows), dtype=np.int32) for text in texts]
 
 

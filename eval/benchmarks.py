@@ -85,11 +85,12 @@ class Benchmarks:
     def score(self, name: str, model: Any, tokenizer: Any, batch_size: int) -> dict[str, Any]:
         """Score in percent, standard error, number of questions and measure of one benchmark."""
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+
+        from eval.harness import Harness  # here, as lm-eval takes seconds to import
 
         parts = self.tasks[name]
         results = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=Harness(model, tokenizer, batch_size),
             tasks=list(parts),
             task_manager=self.manager,
             num_fewshot=0,

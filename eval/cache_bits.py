@@ -29,6 +29,7 @@ from conf.precision import Dtype, torch_dtype
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
+from data.tokens import check_ids, plain_ids
 from data.windows import text_windows
 from mha2mla import QuantizedLatentCache, cache_bytes, calibrate_ranges, rotate_latents
 from mha2mla.cache import storage_bytes
@@ -104,7 +105,7 @@ def calibration_text(files: list[str], tokenizer: Any, length: int, tokens: int)
     found: list[torch.Tensor] = []
     for part in list_parts("--calibrate", SourceConfig(data_files=files), 0):
         for text in read_texts(part):
-            ids = tokenizer(text[: 8 * length], add_special_tokens=False, verbose=False)["input_ids"]
+            ids = plain_ids(tokenizer, text[: 8 * length])
             if len(ids) >= length:
                 found.append(torch.tensor(ids[:length])[None])
             if len(found) * length >= tokens:
@@ -200,6 +201,8 @@ def main() -> None:
     try:
         windows = torch.stack(text_windows(tokenizer, options.text, options.length, options.tokens))
         batches = calibration_text(options.calibrate, tokenizer, 1024, 4096)
+        check_ids("--text", windows, tokenizer, model.config)
+        check_ids("--calibrate", batches, tokenizer, model.config)
         rows = measure(model, windows, batches, options.original, show, options.stock)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from data.stops import padded_left
 from mha2mla import QuantizedLatentCache, cache_bytes
 
 ROPE_BITS = 8  # of the rotated key, where the latent is coded
@@ -93,18 +94,15 @@ def generate(
     new_cache: NewCache = growing_cache,
 ) -> list[str]:
     """The outputs of one batch as text, without special tokens; adds the cache's bytes to `reading`."""
-    longest = max(len(ids) for ids in prompts)
-    input_ids = torch.full((len(prompts), longest), stops.pad)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, longest - len(ids) :] = ids
-        mask[row, longest - len(ids) :] = 1
+    input_ids, mask = padded_left(prompts, stops.pad)
+    longest = input_ids.shape[1]
+    ends = [*stops.ends, stops.newline] if newline_ends else stops.ends
     # Set on the model, or `generate` would fill what is not given from the checkpoint's own settings.
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         min_new_tokens=1 if newline_ends else None,
-        eos_token_id=[*stops.ends, stops.newline] if newline_ends else stops.ends,
+        eos_token_id=ends or None,
         pad_token_id=stops.pad,
     )
     cache = new_cache(model)
@@ -116,8 +114,7 @@ def generate(
             stopping_criteria=StoppingCriteriaList([FirstLine(tokenizer, longest)]) if first_line else None,
         )
     reading.add(cache, len(prompts))
-    ended = set(model.generation_config.eos_token_id)
-    return [tokenizer.decode(until(row, ended), skip_special_tokens=True) for row in output[:, longest:].tolist()]
+    return [tokenizer.decode(until(row, set(ends)), skip_special_tokens=True) for row in output[:, longest:].tolist()]
 
 
 def until(ids: list[int], ends: set[int]) -> list[int]:

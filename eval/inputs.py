@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from conf.evaluation import ChatTemplate
 from conf.precision import torch_dtype
 from conf.schema import Config
+from data.stops import end_tokens, generation_settings, pad_token
+from data.tokens import check_ids, plain_ids
 from data.windows import text_windows
 from eval.benchmarks import Benchmarks
 from eval.generate import Stops
@@ -74,10 +76,12 @@ def prepare(config: Config, model: str, sampled: Path, device: str) -> Inputs:
         if not file.is_file():
             raise ValueError(f"eval.perplexity_text={file}: no such file")
         windows = text_windows(tokenizer, file, options.perplexity_sequence_length, options.perplexity_tokens)
+        check_ids(f"eval.perplexity_text={file}", windows, tokenizer, original)
         texts.append((file.stem, windows))
     tasks = []
     for task, rows in load_rows(options, prompter.fits):
         prompts = [prompter.encode(task, row) for row in rows]
+        check_ids(f"task '{task.name}'", [prompt.ids for prompt in prompts], tokenizer, original)
         tasks.append(TaskInputs(task, rows, prompts, prompts_digest(prompts)))
     return Inputs(
         texts=[TextInputs(name, windows, windows_digest(windows)) for name, windows in texts],
@@ -98,16 +102,10 @@ def window_of(config: Any) -> int:
 
 
 def stops_of(tokenizer: Any, model: str, revision: str | None) -> Stops:
-    """The end tokens of the tokenizer and of the checkpoint's generation settings."""
-    try:
-        stored = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
-    except OSError:
-        stored = None
-    stored = stored if isinstance(stored, list) else [stored]
-    ends = sorted({token for token in [tokenizer.eos_token_id, *stored] if token is not None})
-    pad = next((token for token in [tokenizer.pad_token_id, *ends] if token is not None), 0)
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    return Stops(ends, pad, newline[-1] if newline else pad)
+    """What ends and pads outputs of a checkpoint (folder or hub id)."""
+    config, settings = AutoConfig.from_pretrained(model, revision=revision), generation_settings(model, revision)
+    pad, newline = pad_token(tokenizer, settings, config), plain_ids(tokenizer, "\n")
+    return Stops(end_tokens(tokenizer, settings, config), pad, newline[-1] if newline else pad)
 
 
 def windows_digest(windows: list[torch.Tensor]) -> str:

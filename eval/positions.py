@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from conf.checkpoint import load_model
 from conf.precision import computes_bfloat16, native_autocast
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
+from data.tokens import check_ids, plain_ids
 from eval.arguments import named_checkpoints
 from eval.picture import quiet_pyplot, save
 from mha2mla.output_head import next_token_losses, perplexity_of
@@ -35,7 +36,7 @@ def long_documents(files: list[str], tokenizer: Any, length: int, count: int) ->
     while streams and len(found) < count:
         stream = streams.pop(0)
         for text in stream:
-            ids = tokenizer(text[: 8 * length], add_special_tokens=False, verbose=False)["input_ids"]
+            ids = plain_ids(tokenizer, text[: 8 * length])
             if len(ids) >= length:
                 found.append(torch.tensor(ids[:length]))
                 streams.append(stream)
@@ -109,6 +110,8 @@ def main() -> None:
         models = named_checkpoints(options.models)
         tokenizer = AutoTokenizer.from_pretrained(next(iter(models.values())))
         documents = long_documents(options.files, tokenizer, options.length, options.documents)
+        for folder in models.values():
+            check_ids(f"--files for {folder}", documents, tokenizer, AutoConfig.from_pretrained(folder))
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
     places = ranges(options.length)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from data.chats import prompt as rendered
+from data.tokens import added_ids, begun_ids, plain_ids
 from eval.tasks import Row, Task
 
 
@@ -30,6 +32,7 @@ class Prompter:
         if chat and not tokenizer.chat_template:
             raise ValueError("eval.chat_template=on, but the model's tokenizer has no chat template; use auto or off")
         self.tokenizer, self.window, self.max_length, self.chat = tokenizer, window, max_length, chat
+        self.begin, self.ending = map(len, added_ids(tokenizer))
         self.overhead = len(self._chat_ids("")) if chat else 0
 
     def limit(self, task: Task) -> int:
@@ -52,7 +55,7 @@ class Prompter:
         if truncated:
             plain = self._tokenise(text)
             half = (limit - (self.overhead if self._wraps(task) else 0)) // 2
-            ids = self._ids(task, self._decode(plain[:half]) + self._decode(plain[-half:]))
+            ids = self._ids(task, self._decode(plain[self.begin : half]) + self._decode(plain[-half:]))
             # The seam may tokenise into a few more tokens than were cut: the limit stands.
             ids = ids[: (limit + 1) // 2] + ids[len(ids) - limit // 2 :] if len(ids) > limit else ids
         return Prompt(torch.tensor(ids, dtype=torch.int32), truncated)
@@ -60,8 +63,8 @@ class Prompter:
     def _wraps(self, task: Task) -> bool:
         return self.chat and task.chat
 
-    def _tokenise(self, text: str, special: bool = True) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]  # long ones are expected
+    def _tokenise(self, text: str) -> list[int]:
+        return begun_ids(self.tokenizer, [text], self.ending)[0]
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -71,8 +74,8 @@ class Prompter:
 
     def _chat_ids(self, text: str) -> list[int]:
         message = [{"role": "user", "content": text}]
-        wrapped = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return self._tokenise(wrapped, special=False)
+        # What begins a conversation is the template's to write: nothing is added.
+        return plain_ids(self.tokenizer, rendered(self.tokenizer, message))
 
 
 def prompts_digest(prompts: list[Prompt]) -> str:

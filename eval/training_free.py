@@ -28,6 +28,7 @@ from conf.precision import native_autocast
 from conf.schema import Config, StudyConfig, StudyPoint
 from conf.stage import fingerprint, provenance
 from data.calibration import calibration_batches
+from data.tokens import check_ids
 from data.windows import text_windows
 from eval.perplexity import perplexity
 from mha2mla import ConversionOptions, collect_statistics, convert, needs_calibration, reconstruct, resolve_options
@@ -51,12 +52,14 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
     model: Any = load_model(source, torch.float32, NOT_OURS, config.model.revision)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=config.model.revision)
     windows = text_windows(tokenizer, Path(study.text), study.sequence_length, study.tokens)
+    check_ids(f"study.text={study.text}", windows, tokenizer, model.config)
     points = [(name, point, ConversionOptions.from_config(point)) for name, point in chosen_points(study)]
     for _, _, options in points:
         resolve_options(model.config, options)
     statistics, calibration = None, []
     if any(needs_calibration(options) or point.reconstruction_steps for _, point, options in points):
         calibration = list(calibration_batches(config, tokenizer))
+        check_ids("data for calibration", calibration, tokenizer, model.config)
         with native_autocast("cpu"):
             statistics = collect_statistics(model, calibration)
     yield {"name": "original", "perplexity": perplexity(model, windows)}

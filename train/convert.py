@@ -32,6 +32,7 @@ from conf.precision import Dtype, native_autocast, torch_dtype
 from conf.schema import Config, Streamed
 from conf.stage import write_json
 from data.calibration import calibration_batches, heldout_batches
+from data.tokens import check_ids
 from mha2mla import (
     ConversionOptions,
     ConversionReport,
@@ -81,10 +82,12 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
     model = load_pretrained(config)
     tokenizer = AutoTokenizer.from_pretrained(local_model(config), revision=config.model.revision)
     heldout = list(heldout_batches(config, tokenizer))
+    check_ids("held-out data", heldout, tokenizer, model.config)
     print(f"convert: collecting statistics over {config.calibration.tokens:,} tokens", flush=True)
     # Means over thousands of tokens do not need float32 products; the sums are float32 all the same.
     with native_autocast(model.device.type):
         calibration = list(calibration_batches(config, tokenizer))
+        check_ids("data for calibration", calibration, tokenizer, model.config)
         statistics = collect_statistics(model, calibration)
     converted, report = convert(model, ConversionOptions.from_config(config.mla), statistics)
     print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)
@@ -110,6 +113,9 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
     source = checkpoint_folder(config)
     tokenizer, device = AutoTokenizer.from_pretrained(source), pick_device(config.launch.device)
     calibration, heldout = list(calibration_batches(config, tokenizer)), list(heldout_batches(config, tokenizer))
+    pretrained = AutoConfig.from_pretrained(source)
+    check_ids("data for calibration", calibration, tokenizer, pretrained)
+    check_ids("held-out data", heldout, tokenizer, pretrained)
     print(f"convert: layer by layer from {source}", flush=True)
     options, mla = ConversionOptions.from_config(config.mla), config.mla
     with native_autocast(device), layer_progress(layers, "converted") as on_layer:

@@ -31,13 +31,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from conf.errors import stage_main
 from conf.memory import peak_memory_gib
 from conf.plan import Plan, plain, teacher_fingerprint
 from conf.schema import Config, FinetuneConfig, Sharding
 from conf.tracking import open_run
+from data.tokens import check_ids
 from data.windows import text_windows
 from mha2mla.output_head import perplexity_of, rows_of, token_losses
 from train.batches import PackedRows, TextRows, TrainingOrder, micro_batch, mix_seed
@@ -262,6 +263,7 @@ def text_rows(config: Config, model_dir: Path) -> TextRows | None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     file = Path(settings.perplexity_text).expanduser()
     windows = text_windows(tokenizer, file, settings.perplexity_sequence_length, settings.perplexity_tokens)
+    check_ids(f"eval.perplexity_text={file}", windows, tokenizer, AutoConfig.from_pretrained(model_dir))
     return TextRows(file.stem, torch.stack(windows))
 
 

@@ -160,11 +160,8 @@ class MLAAttention(nn.Module):
         return torch.cat((k_nope, k_rot.expand(-1, self.num_key_value_heads, -1, -1)), dim=-1), values
 
     def absorbs(self, queries: int) -> bool:
-        """Whether attending the latent costs fewer multiplications a cached token than expanding it first.
-
-        An up-projection that is more than its weight (an adapter, a quantised layer) can only be called, not absorbed.
-        """
-        if type(self.kv_b_proj) is not nn.Linear:
+        """Whether attending the latent is possible and costs fewer multiplications a cached token than expanding it."""
+        if not is_its_weight(self.kv_b_proj):
             return False
         expand = self.kv_lora_rank * self.num_key_value_heads * (self.qk_nope_head_dim + self.v_head_dim)
         expanded = expand + queries * self.num_heads * (self.qk_head_dim + self.v_head_dim)
@@ -187,7 +184,8 @@ class MLAAttention(nn.Module):
         up = self.kv_b_proj.weight.view(groups, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         w_key, w_value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
 
-        grouped = q_nope.reshape(batch, groups, -1, self.qk_nope_head_dim)
+        # Sizes in full: none can be worked out from no numbers, which is what K = 0 leaves where all pairs rotate.
+        grouped = q_nope.reshape(batch, groups, heads // groups * length, self.qk_nope_head_dim)
         q_latent = torch.einsum("bgqk,gkr->bgqr", grouped, w_key).reshape(batch, heads * length, self.kv_lora_rank)
         q_rows = self.rope_rows(q_rot).reshape(batch, heads * length, self.rope_dim)
         # Scaled before the products: queries are few, scores are many.
@@ -232,6 +230,19 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)  # OLMo 2 rotates in float32
+
+
+def is_its_weight(layer: nn.Module) -> bool:
+    """Whether a linear layer is its weight and nothing more: only then can the weight stand for it in a product.
+
+    One that is more can only be called: an adapter; a layer or weight tensor of a quantisation library; a weight that
+    a hook or parametrization computes, or that offloading or sharding brings only for the call.
+    """
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__ or layer._forward_pre_hooks or layer._forward_hooks:
+        return False
+    weight = layer.weight
+    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point()
+    return plain and not weight.is_meta and weight.shape == (layer.out_features, layer.in_features)
 
 
 def is_whole(states: Any) -> bool:

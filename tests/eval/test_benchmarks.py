@@ -12,6 +12,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from eval import benchmarks
@@ -39,10 +40,11 @@ def write_tiny(folder: Path) -> None:
     write_words(folder)
 
 
-def write_words(folder: Path) -> None:
-    """A tokenizer of words, with the end-of-text token that lm-eval wants."""
+def write_words(folder: Path, appended: str = "") -> None:
+    """A tokenizer of words, with the end-of-text token that lm-eval wants; it may append one to every text."""
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single=f"$A {appended}".strip(), special_tokens=[("w0", 0)])
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w0").save_pretrained(folder)
 
 
@@ -88,14 +90,15 @@ def test_a_hub_that_cannot_be_reached_is_named_with_what_to_do(monkeypatch: pyte
         benchmarks.Benchmarks(["PIQA"], None, None)
 
 
-@pytest.mark.parametrize("wrong", [0, 1, 3])
+@pytest.mark.parametrize(("wrong", "appended"), [(0, "w0"), (1, ""), (3, "")])
 def test_the_score_is_the_share_of_likeliest_answers(
-    wrong: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_benchmark: None
+    wrong: int, appended: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_benchmark: None
 ) -> None:
     write_tiny(tmp_path / "model")
     keys = best_answers(tmp_path / "model")
     for number in range(wrong):
         keys[number] = LABELS[(LABELS.index(keys[number]) + 1) % 4]
+    write_words(tmp_path / "model", appended)  # what a tokenizer appends changes nothing
     write_questions(tmp_path / "data", keys)
     found = scored(tmp_path, monkeypatch)["benchmarks"]["tiny"]
     assert found["OpenBookQA"]["score"] == 100 * (4 - wrong) / 4 == found["average"]["score"]
