@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from conf.progress import Progress
 from conf.schema import Config, SourceConfig, SourceKind
 from data.chats import is_chat
 from data.documents import MOST_HELD_OUT, VALIDATION, Split, unit
@@ -109,7 +110,8 @@ def batches(
         name: rows(alternate(list_parts(name, source, config.data.seed)), tokenizer, wanted, split, length, end)
         for name, source in sources.items()
     }
-    found = list(islice(by_weight(streams, sources), count))
+    with Progress(what, count, "sequences") as progress:
+        found = [progress.passed(row, 1) for row in islice(by_weight(streams, sources), count)]
     if len(found) < count:
         raise ValueError(
             f"too little {what}: {len(found)} sequences of {length} tokens found, {count} wanted; "

@@ -10,10 +10,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from conf.progress import Progress
 from conf.schema import Config, SourceConfig, SourceKind
 from data.chats import is_chat
 from data.documents import TRAIN, VALIDATION, Split, train_tokens, whole_sequences
-from data.progress import Progress
 from data.runs import RunWriter, merge
 from data.sources import Part, list_parts, read_texts, written_sources
 from data.spill import Reading, certain, spill
@@ -60,6 +60,7 @@ def open_sources(config: Config, tokenizer: Any) -> list[Source]:
         )
     sources = []
     for name, source in written_sources(config, tokenizer).items():
+        print(f"sample: opening data.sources.{name}", flush=True)
         parts = list_parts(name, source, config.data.seed)
         texts = islice(chain.from_iterable(map(read_texts, parts)), SAMPLE_DOCUMENTS)
         sample = [text if is_chat(text) else text[:SAMPLE_CHARACTERS] for text in texts]

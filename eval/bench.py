@@ -31,6 +31,7 @@ from conf.evaluation import BenchConfig
 from conf.models import local_model
 from conf.plan import plain, write_result
 from conf.precision import torch_dtype
+from conf.progress import Progress
 from conf.schema import Config, Device
 from conf.stage import provenance
 from conf.timing import seconds_of
@@ -60,6 +61,7 @@ def measure(config: Config) -> dict[str, Any]:
             raise ValueError(f"bench.{name}=true needs a GPU; torch uses none here (launch.device)")
     dtype = torch_dtype(bench.dtype, not on_gpu, stored="auto")
     device = torch.device("cuda" if on_gpu else "cpu")
+    print("bench: loading the original, and converting it", flush=True)
     original: Any = AutoModelForCausalLM.from_pretrained(local_model(config), dtype=dtype)
     original.to(device).eval()
     # Any text will do: how fast a step is does not depend on what the weights are.
@@ -72,9 +74,13 @@ def measure(config: Config) -> dict[str, Any]:
     variants = variants_of(original, converted, bench)
     bandwidth = copy_bandwidth(device)
     sizes = [(context, batch) for context in bench.contexts for batch in bench.batch_sizes]
-    with tqdm(total=len(sizes) * (bench.rounds + 1), desc="bench", unit="round", disable=None) as bar:
+    with Progress("bench", len(sizes) * (bench.rounds + 1), "rounds") as progress:
         grid = [
-            {"context": context, "batch": batch, "variants": point(variants, bench, context, batch, bandwidth, bar)}
+            {
+                "context": context,
+                "batch": batch,
+                "variants": point(variants, bench, context, batch, bandwidth, progress),
+            }
             for context, batch in sizes
         ]
     result = {
@@ -127,7 +133,7 @@ def limit(bench: BenchConfig, context: int) -> int:
 
 
 def point(
-    variants: list[Variant], bench: BenchConfig, context: int, batch: int, bandwidth: float, bar: Any
+    variants: list[Variant], bench: BenchConfig, context: int, batch: int, bandwidth: float, progress: Progress
 ) -> dict[str, Any]:
     """All variants at one context and batch, one that failed as {"failed": why}."""
     running: dict[str, Decoding] = {}
@@ -157,7 +163,7 @@ def point(
             took = attempt(name, partial(each.steps, bench.steps, weigh=not turn))
             if turn and took is not None:  # the first turn warms up
                 each.seconds.append(took)
-        bar.update()
+        progress.advance(1)
     original = running.get("original")
     rows = failed | {name: row(each, original, bandwidth) for name, each in running.items()}
     running.clear()

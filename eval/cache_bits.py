@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, QuantizedCache
 
 from conf.precision import Dtype, torch_dtype
+from conf.progress import counted
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
@@ -72,11 +72,11 @@ def measure_stock(model: Any, windows: torch.Tensor, add: Callable[..., None]) -
 
 
 @torch.inference_mode()
-def decoding_perplexity(model: Any, windows: torch.Tensor, cache: Cache, shown: str = "") -> float:
+def decoding_perplexity(model: Any, windows: torch.Tensor, cache: Cache, shown: str = "decode") -> float:
     """Perplexity of windows [N, T] whose tokens go through `cache` one by one."""
     total = torch.zeros((), dtype=torch.float64)
     ids = windows.to(model.device)
-    for place in tqdm(range(ids.shape[1] - 1), desc=shown, unit="token", leave=False, disable=None):
+    for place in counted(range(ids.shape[1] - 1), shown, "tokens"):
         logits = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1].float()
         total += torch.nn.functional.cross_entropy(logits, ids[:, place + 1], reduction="sum").double().cpu()
     return math.exp(float(total) / (ids.shape[0] * (ids.shape[1] - 1)))

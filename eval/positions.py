@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mha2mla  # noqa: F401  registers the classes of converted models
 from conf.precision import native_autocast
+from conf.progress import counted
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
@@ -79,7 +80,7 @@ def measure(models: dict[str, Path], documents: list[torch.Tensor]) -> dict[str,
     found = {}
     for name, folder in models.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        total = sum(losses(model, document) for document in documents)
+        total = sum(losses(model, document) for document in counted(documents, name, "documents"))
         assert isinstance(total, torch.Tensor)
         by_range = [total[max(0, first - 1) : last - 1] for first, last in ranges(len(documents[0]))]
         found[name] = [math.exp(float(part.mean()) / len(documents)) for part in by_range]

@@ -1,7 +1,7 @@
 """How far a converted model is from its original on the same text."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +48,12 @@ class Tally:
 
 
 @torch.no_grad()
-def compare(original: Any, converted: Any, batches: Iterable[torch.Tensor]) -> Comparison:
+def compare(
+    original: Any, converted: Any, batches: Iterable[torch.Tensor], on_tokens: Callable[[int], None] | None = None
+) -> Comparison:
     """Run both models over batches of input_ids [B, S], one row at a time so that few logits stand in memory.
 
+    `on_tokens` is told how many tokens each row had.
     Raises ValueError if there is no token to predict.
     """
     tally = Tally()
@@ -59,4 +62,6 @@ def compare(original: Any, converted: Any, batches: Iterable[torch.Tensor]) -> C
             theirs = original(row.to(original.device), use_cache=False).logits[0, :-1]
             ours = converted(row.to(converted.device), use_cache=False).logits[0, :-1]
             tally.add(theirs, ours, row[0, 1:].to(original.device))
+            if on_tokens:
+                on_tokens(row.numel())
     return tally.comparison()
