@@ -33,7 +33,7 @@ class Project:
     def start(self, *words: str) -> subprocess.Popen:
         config = composed([*self.words, *words])
         command, variables = launch_command(config.launch, "train.finetune", [*self.words, *words])
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+        environment = os.environ | variables
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
 
