@@ -41,7 +41,7 @@ from mha2mla import (
 )
 from mha2mla.compare import Comparison, compare
 from mha2mla.reconstruct import LayerFit
-from mha2mla.streaming import PROGRESS, STATE, convert_streamed, forget_progress
+from mha2mla.streaming import PROGRESS, STATE, convert_streamed
 from train.checkpoint import appearing_in
 from train.resources import sizes_of
 
@@ -221,7 +221,6 @@ def run(config: Config) -> None:
             stage.metrics |= stream_model(config, stage.folder, pretrained.num_hidden_layers)
         else:
             stage.metrics |= convert_model(config, stage.folder)
-    forget_progress(stage.folder)  # only now: the stage is sealed
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -15,7 +15,6 @@ The folder of the stage ends up as an ordinary checkpoint of the converted model
 import functools
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -317,9 +316,6 @@ def run(config: Config) -> None:
             )
             if tracker:
                 tracker.summary.update(stage.metrics)
-    if main:
-        # Only now: until the stage is sealed they are what a restart needs, after it nothing reads them.
-        shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
     accelerator.end_training()
 
 

@@ -115,4 +115,4 @@ def test_a_sweep_survives_a_failing_point_and_reports_all(words: list[str]) -> N
     assert f"{100 * (1 - 10 / 32):.2f}" in table and f"{100 * (1 - 14 / 32):.2f}" in table
     assert list(folder.glob("*.png"))
     # The sample and the original's scores were made once for both points.
-    assert run.stdout.count("== sample ==") <= 1
+    assert run.stdout.count("== sample ==") <= 1 and run.stdout.count("== original ==") <= 1
