@@ -15,8 +15,8 @@ VENV := .venv
 export HF_HUB_DISABLE_TELEMETRY := 1
 export HF_UPDATE_DOWNLOAD_COUNTS := 0
 RUN  := $(VENV)/bin/python -m
-# One thread a process: tiny models on several threads mostly wait for each other.
-TEST := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q
+# One thread a process unless told otherwise: tiny models on several threads mostly wait for each other.
+TEST := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -q
 DONE := $(VENV)/.installed
 OPTIONS := $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) \
            $(if $(MODEL),model=from_path model.path=$(MODEL)) \
@@ -24,7 +24,7 @@ OPTIONS := $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) \
            $(if $(GPUS),launch.num_processes=$(GPUS) launch.device=cuda) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune converse convert sample evaluate export report sweep bench test test-slow test-serving lint clean
+.PHONY: help setup finetune converse convert sample evaluate export report sweep bench test test-portable test-slow test-serving lint clean
 
 help:  ## this list
 	@echo "usage: make TARGET [MODEL=org/name] [GPUS=n] [EXPERIMENT=name] [ARGS=\"key=value …\"]"
@@ -70,6 +70,13 @@ bench: $(DONE)  ## decode speed and cache size against the original model, train
 
 test: $(DONE) lint  ## style, types and the fast tests
 	@$(TEST) -n 2
+
+# Kernels by instruction set, with and without bfloat16; threads; orders of sets. What a machine lacks, torch leaves out.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+test-portable: $(DONE)  ## the fast tests three times: as on other CPUs, with 1, 2 and 4 threads (half an hour)
+	@ATEN_CPU_CAPABILITY=default OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 PYTHONHASHSEED=1 $(TEST) -n 2
+	@$(AVX2) PYTHONPATH=$(CURDIR)/tests/without_bfloat16 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=4 PYTHONHASHSEED=2 $(TEST) -n 2
+	@OMP_NUM_THREADS=1 PYTHONHASHSEED=3 $(TEST) -n 2
 
 test-slow: $(DONE)  ## tests on the real default model
 	@$(TEST) -m slow

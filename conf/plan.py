@@ -65,6 +65,7 @@ class Plan:
                 "data": {"sources": plain(config.data.sources), "seed": config.data.seed},  # its calibration text
             },
             model | text,
+            unfinished=("unfinished",),  # of a conversion layer by layer (mha2mla/streaming.py)
         )
         # What a result does not depend on is not part of its key.
         sampled = without(plain(config.data), "num_workers")
@@ -80,6 +81,7 @@ class Plan:
             self.run_dir / "finetune",
             {"finetune": trained},
             {"convert": self.convert.key, "sample": self.sample.key} | teacher_fingerprint(config),
+            unfinished=("checkpoints",),
         )
         scores = {"eval": without(plain(config.eval), "batch_size")}
         files = eval_fingerprints(config.eval)

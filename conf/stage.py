@@ -90,13 +90,17 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 @dataclass
 class Stage:
-    """One stage of one run: `name`, its `folder`, the `config` it obeys and its inputs' fingerprints."""
+    """One stage of one run: `name`, its `folder`, the `config` it obeys and its inputs' fingerprints.
+
+    `unfinished` names folders in it that a restart needs until the stage is sealed, and nothing does afterwards.
+    """
 
     name: str
     folder: Path
     config: dict[str, Any]
     inputs: dict[str, str]
     metrics: dict[str, Any] = field(default_factory=dict)
+    unfinished: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -122,6 +126,7 @@ class Stage:
         """True, with a line that says so, if there is nothing to do."""
         record = None if force else self.record()
         if record:
+            self._clear()  # where a kill came between the record and this
             print(f"{self.name}: finished in {self.folder} ({record['seconds']:.0f} s), skipped", flush=True)
         return record is not None
 
@@ -168,11 +173,17 @@ class Stage:
                     "provenance": provenance(),
                 },
             )
-            (self.folder / KEY_FILE).unlink(missing_ok=True)
+            self._clear()
+
+    def _clear(self) -> None:
+        """Remove what only an unfinished run needs."""
+        for name in self.unfinished:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / KEY_FILE).unlink(missing_ok=True)
 
     def _prepare(self, keep_unfinished: bool) -> None:
         marker = self.folder / KEY_FILE
-        unfinished = marker.read_text() if marker.exists() else None
+        unfinished = marker.read_text() if marker.exists() and not read_record(self.folder) else None
         if self.folder.exists() and unfinished == self.key:
             if not keep_unfinished:
                 shutil.rmtree(self.folder)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from conf.progress import Progress
 from conf.schema import Config, SourceConfig, SourceKind
 from data.chats import is_chat
 from data.documents import MOST_HELD_OUT, VALIDATION, Split, unit
@@ -113,7 +114,8 @@ def batches(
         name: alternate(list_parts(name, source, config.data.seed), skipped[name]) for name, source in sources.items()
     }
     streams = {name: rows(each, tokenizer, wanted, split, length, end) for name, each in texts.items()}
-    found = list(islice(by_weight(streams, sources), count))
+    with Progress(what, count, "sequences") as progress:
+        found = [progress.passed(row, 1) for row in islice(by_weight(streams, sources), count)]
     tell(what, skipped)
     if len(found) < count:
         raise ValueError(

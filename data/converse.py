@@ -26,12 +26,12 @@ from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import Plan
 from conf.precision import Dtype, torch_dtype
+from conf.progress import Progress
 from conf.schema import Config, SourceKind
 from conf.stage import digest
 from data.calibration import training_texts
 from data.chats import Message, as_text, chat_tokens, require_template
 from data.documents import train_tokens
-from data.progress import Progress
 from data.speaker import Speaker
 from mha2mla import ConversionOptions, resolve_options
 
@@ -46,6 +46,7 @@ def converse(config: Config) -> None:
         raise ValueError("no source of kind=generated among data.sources; there is one in data=chat")
     if stage.skip(config.force):
         return
+    print("converse: loading the original, which then talks to itself", flush=True)
     path, revision = local_model(config), config.model.revision
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     require_template(tokenizer, "a source of kind=generated")
@@ -72,6 +73,7 @@ def talk(speaker: Speaker, wanted: int, folder: Path) -> dict[str, int]:
     """Files of conversations until there are so many tokens, copies counted once."""
     progress, files, tokens = Progress("converse", wanted, "tokens"), 0, 0
     seen: set[str] = set()
+    speaker.on_step = lambda step, room: progress.advance(0, f"batch {files + 1} at token {step} of {room}")
     while tokens < wanted:
         file = folder / f"conversations-{files:05d}.jsonl"
         if not file.exists():

@@ -10,10 +10,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from conf.progress import Progress
 from conf.schema import Config, SourceConfig, SourceKind
 from data.chats import is_chat
 from data.documents import TRAIN, VALIDATION, Split, train_tokens, whole_sequences
-from data.progress import Progress
 from data.runs import RunWriter, merge
 from data.skipped import Skipped
 from data.sources import Part, list_parts, read_texts, written_sources
@@ -65,6 +65,7 @@ def open_sources(config: Config, tokenizer: Any) -> list[Source]:
         )
     sources = []
     for name, source in written_sources(config, tokenizer).items():
+        print(f"sample: opening data.sources.{name}", flush=True)
         parts = list_parts(name, source, config.data.seed)
         skipped = Skipped()
         texts = islice(chain.from_iterable(read_texts(part, skipped) for part in parts), SAMPLE_DOCUMENTS)

@@ -33,6 +33,7 @@ from omegaconf import DictConfig
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import Plan
+from conf.progress import Progress, counted
 from conf.schema import Config
 from conf.stage import write_json
 from data.documents import TRAIN, VALIDATION, Split
@@ -49,6 +50,7 @@ def sample(config: Config) -> None:
     stage = Plan(config).sample
     if stage.skip(config.force):
         return
+    print("sample: opening the sources", flush=True)
     tokenizer = load_tokenizer(config)
     sources = open_sources(config, tokenizer)
     with stage.run(resumable=True, force=config.force):
@@ -58,7 +60,7 @@ def sample(config: Config) -> None:
             path for side in (TRAIN, VALIDATION) for path in write_side(config, drawn[side], side, work, tokenizer)
         ]
         manifest = describe(config, sources, drawn, tokenizer)
-        manifest["shards"] = {path.name: file_hash(path) for path in shards}
+        manifest["shards"] = {path.name: file_hash(path) for path in counted(shards, "sample: hash", "shards")}
         for path in shards:
             path.replace(stage.folder / path.name)
         write_json(stage.folder / "manifest.json", manifest)
@@ -104,7 +106,9 @@ def write_side(config: Config, drawn: Drawn, side: str, work: Path, tokenizer: A
     documents = checked(ids, tokenizer, model_config(config))
     rows_per_shard = max(1, data.shard_tokens // data.sequence_length)
     rows = drawn.tokens // data.sequence_length
-    return write_shards(documents, rows, data.sequence_length, rows_per_shard, work, side)
+    with Progress(f"sample: pack {side}", drawn.tokens, "tokens") as progress:
+        shown = (progress.passed(tokens, len(tokens)) for tokens in documents)
+        return write_shards(shown, rows, data.sequence_length, rows_per_shard, work, side)
 
 
 def describe(config: Config, sources: list[Source], drawn: dict[str, Drawn], tokenizer: Any) -> dict[str, Any]:

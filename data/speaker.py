@@ -4,13 +4,14 @@ A user's turn is what it goes on with after the opening of its chat template (Ma
 section 2.1), or a request about a passage. Questions and answers are sampled.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
+from conf.steps import EveryStep
 from data.chats import Message, prompt
 from data.stops import end_tokens, pad_token, padded_left
 from data.tokens import check_ids, plain_ids
@@ -36,6 +37,7 @@ class Speaker:
     def __init__(self, model: Any, tokenizer: Any, texts: Iterator[str], room: int, seed: int):
         self.model, self.tokenizer, self.room, self.seed = model, tokenizer, room, seed
         self.texts, self.read = texts, 0
+        self.on_step: Callable[[int, int], None] = lambda step, room: None  # is told of every token of a batch
         self.opening, self.turn_end = user_turn(tokenizer)
         self.special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         settings = model.generation_config
@@ -101,8 +103,15 @@ class Speaker:
         ids, mask = (states.to(self.model.device) for states in padded_left(rows, self.pad))
         if stop in self.special:  # else it is found in the text, when all of it is there
             ends = [*ends, self.tokenizer.convert_tokens_to_ids(stop)]
-        output = self.model.generate(ids, attention_mask=mask, max_new_tokens=room, eos_token_id=ends or None)
-        return [self.said(row, stop) for row in output[:, ids.shape[1] :].tolist()]
+        length = ids.shape[1]
+        output = self.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=room,
+            eos_token_id=ends or None,
+            stopping_criteria=StoppingCriteriaList([EveryStep(lambda step: self.on_step(step, room), length)]),
+        )
+        return [self.said(row, stop) for row in output[:, length:].tolist()]
 
     def said(self, ids: list[int], stop: str | None) -> tuple[str, str]:
         place = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))

@@ -10,16 +10,16 @@ enough, a limited stretch of each part; nothing of what was read is left out.
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from conf.progress import Progress
 from conf.stage import digest, write_json
 from data.documents import SIDES, Split, pieces
-from data.progress import Progress
 from data.runs import Record, RunWriter
 from data.skipped import Skipped
 from data.sources import Part, read_texts
@@ -53,8 +53,8 @@ class Found:
     skipped: dict[str, Any] = field(default_factory=dict)  # as of Skipped
 
 
-def spill_part(task: Task) -> Found:
-    """Read one part; a part that an interrupted run has read is not read again."""
+def spill_part(task: Task, on_text: Callable[[], None] = lambda: None) -> Found:
+    """Read one part; a part that an interrupted run has read is not read again. `on_text` is called after each text."""
     name = f"{task.source:03d}-{digest([asdict(task.part), asdict(task.split), task.whole, task.quota])}"
     prefix, record = Path(task.folder) / name, Path(task.folder) / f"{name}.json"
     if record.exists():
@@ -70,6 +70,7 @@ def spill_part(task: Task) -> Found:
             characters[side][int(rank * BINS)] += len(text)
             for piece_key, piece in pieces(key, text):
                 writers[side].add(Record(piece_key, task.source, piece.encode("utf-8", "replace")))
+        on_text()
         if number % 32 == 0:
             if task.whole:
                 limit = {side: min(limit[side], enough_below(characters[side], task.quota[side])) for side in SIDES}
@@ -137,7 +138,7 @@ class Reading:
 
 def spill(workers: Workers, readings: list[Reading], folder: Path) -> None:
     """Read all sources side by side, filling `readings`."""
-    progress = Progress("read", None, "characters")
+    progress = Progress("sample: read", None, "characters")
 
     def tasks() -> Iterator[Task]:
         for number in range(max(len(reading.parts) for reading in readings)):
@@ -158,7 +159,7 @@ def spill(workers: Workers, readings: list[Reading], folder: Path) -> None:
                     )
 
     flying: deque[Reading] = deque()
-    for found in workers.map(spill_part, tasks()):
+    for found in workers.map(spill_part, tasks(), lambda: progress.advance(0, "still reading")):
         reading = flying.popleft()
         if reading.enough:  # read ahead by another process: with one process it would not have been read
             reading.complete = False

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from conf.progress import Progress
 from data.chats import is_chat
 from data.documents import shuffled_key
-from data.progress import Progress
 from data.runs import Record, RunWriter
 from data.workers import Workers
 

@@ -7,7 +7,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context, parent_process
 from types import TracebackType
 from typing import Any, TypeVar
@@ -42,18 +42,30 @@ class Workers:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
 
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """`map` in order, with only a few items in flight: `items` may be a generator that reacts to results."""
+    def map(
+        self, function: Callable[..., Result], items: Iterable[Item], waiting: Callable[[], None] | None = None
+    ) -> Iterator[Result]:
+        """`map` in order, with only a few items in flight: `items` may be a generator that reacts to results.
+
+        `waiting` is called now and then until a result is there; without processes by the function, as its second
+        argument.
+        """
         if self.pool is None:
-            yield from map(function, items)
+            yield from (function(item, waiting) if waiting else function(item) for item in items)
             return
+
+        def result(future: Future[Result]) -> Result:
+            while waiting and not wait([future], timeout=1).done:
+                waiting()
+            return future.result()
+
         flying: deque[Future[Result]] = deque()
         for item in items:
             flying.append(self.pool.submit(function, item))
             if len(flying) >= 2 * self.count:
-                yield flying.popleft().result()
+                yield result(flying.popleft())
         while flying:
-            yield flying.popleft().result()
+            yield result(flying.popleft())
 
     def tokenise(self, batches: Iterable[list[str]]) -> Iterator[list[np.ndarray]]:
         """int32 tokens of each text of each batch."""

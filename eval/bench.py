@@ -35,6 +35,7 @@ from conf.evaluation import BenchConfig
 from conf.models import local_model
 from conf.plan import plain, write_result
 from conf.precision import torch_dtype
+from conf.progress import Progress
 from conf.schema import Config
 from conf.stage import hardware, provenance
 from conf.timing import seconds_of
@@ -64,6 +65,7 @@ def measure(config: Config) -> dict[str, Any]:
         if getattr(bench, name) and not on_gpu:
             raise ValueError(f"bench.{name}=true needs a GPU; torch uses none here (launch.device)")
     dtype = torch_dtype(bench.dtype, not on_gpu, stored="auto")
+    print("bench: loading the original, and converting it", flush=True)
     original: Any = load_model(local_model(config), dtype, NOT_OURS, config.model.revision, device)
     # Any text will do: how fast a step is does not depend on what the weights are.
     calibration = collect_statistics(original, [torch.arange(64)[None]])
@@ -75,9 +77,13 @@ def measure(config: Config) -> dict[str, Any]:
     variants = variants_of(original, converted, bench)
     bandwidth = copy_bandwidth(device)
     sizes = [(context, batch) for context in bench.contexts for batch in bench.batch_sizes]
-    with tqdm(total=len(sizes) * (bench.rounds + 1), desc="bench", unit="round", disable=None) as bar:
+    with Progress("bench", len(sizes) * (bench.rounds + 1), "rounds") as progress:
         grid = [
-            {"context": context, "batch": batch, "variants": point(variants, bench, context, batch, bandwidth, bar)}
+            {
+                "context": context,
+                "batch": batch,
+                "variants": point(variants, bench, context, batch, bandwidth, progress),
+            }
             for context, batch in sizes
         ]
     result = {
@@ -137,7 +143,7 @@ def limit(bench: BenchConfig, context: int) -> int:
 
 
 def point(
-    variants: list[Variant], bench: BenchConfig, context: int, batch: int, bandwidth: float, bar: Any
+    variants: list[Variant], bench: BenchConfig, context: int, batch: int, bandwidth: float, progress: Progress
 ) -> dict[str, Any]:
     """All variants at one context and batch, one that failed as {"failed": why}."""
     running: dict[str, Decoding] = {}
@@ -167,7 +173,7 @@ def point(
             took = attempt(name, partial(each.steps, bench.steps, weigh=not turn))
             if turn and took is not None:  # the first turn warms up
                 each.seconds.append(took)
-        bar.update()
+        progress.advance(1)
     original = running.get("original")
     rows = failed | {name: row(each, original, bandwidth) for name, each in running.items()}
     running.clear()

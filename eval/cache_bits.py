@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import AutoTokenizer, Cache, DynamicCache, QuantizedCache
 
 from conf.checkpoint import load_model
 from conf.precision import Dtype, torch_dtype
+from conf.progress import counted
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
@@ -77,11 +77,11 @@ def measure_stock(model: Any, windows: torch.Tensor, add: Callable[..., None]) -
 
 
 @torch.inference_mode()
-def decoding_perplexity(model: Any, windows: torch.Tensor, cache: Cache, shown: str = "") -> float:
+def decoding_perplexity(model: Any, windows: torch.Tensor, cache: Cache, shown: str = "decode") -> float:
     """Perplexity of windows [N, T] whose tokens go through `cache` one by one."""
     total = torch.zeros((), dtype=torch.float64)
     ids = windows.to(model.device)
-    for place in tqdm(range(ids.shape[1] - 1), desc=shown, unit="token", leave=False, disable=None):
+    for place in counted(range(ids.shape[1] - 1), shown, "tokens"):
         token, following = ids[:, place : place + 1], ids[:, place + 1 : place + 2]
         losses = next_token_losses(model, token, following, past_key_values=cache, use_cache=True)
         total += losses.double().sum().cpu()

@@ -38,6 +38,7 @@ def run_evaluate(config: Config) -> None:
     for bits in config.eval.cache_bits:  # refused before anything is scored
         QuantizedLatentCache(AutoConfig.from_pretrained(plan.finetune.folder), bits, ROPE_BITS)
     device, model = pick_device(config.launch.device), local_model(config)
+    print("evaluate: preparing prompts and texts", flush=True)
     inputs = prepare(config, model, plan.sample.folder, device)
     describe(inputs, device)
     check_kept(plan, config, str(inputs.dtype).removeprefix("torch."))

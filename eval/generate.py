@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from conf.steps import EveryStep
 from data.stops import padded_left
 from mha2mla import QuantizedLatentCache, cache_bytes
 
@@ -92,8 +93,12 @@ def generate(
     first_line: bool = False,
     newline_ends: bool = False,
     new_cache: NewCache = growing_cache,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The outputs of one batch as text, without special tokens; adds the cache's bytes to `reading`."""
+    """The outputs of one batch as text, without special tokens; adds the cache's bytes to `reading`.
+
+    `on_step` is told the number of tokens generated, after each.
+    """
     input_ids, mask = padded_left(prompts, stops.pad)
     longest = input_ids.shape[1]
     ends = [*stops.ends, stops.newline] if newline_ends else stops.ends
@@ -106,12 +111,14 @@ def generate(
         pad_token_id=stops.pad,
     )
     cache = new_cache(model)
+    criteria: list[StoppingCriteria] = [FirstLine(tokenizer, longest)] if first_line else []
+    criteria += [EveryStep(on_step, longest)] if on_step else []
     with torch.inference_mode():
         output = model.generate(
             input_ids.to(model.device),
             attention_mask=mask.to(model.device),
             past_key_values=cache,
-            stopping_criteria=StoppingCriteriaList([FirstLine(tokenizer, longest)]) if first_line else None,
+            stopping_criteria=StoppingCriteriaList(criteria),
         )
     reading.add(cache, len(prompts))
     return [tokenizer.decode(until(row, set(ends)), skip_special_tokens=True) for row in output[:, longest:].tolist()]

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from conf.checkpoint import load_model
 from conf.precision import computes_bfloat16, native_autocast
+from conf.progress import counted
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
@@ -71,7 +72,7 @@ def measure(models: dict[str, Path], documents: list[torch.Tensor]) -> dict[str,
     found = {}
     for name, folder in models.items():
         model = load_model(folder, torch.float32)
-        total = sum(losses(model, document) for document in documents)
+        total = sum(losses(model, document) for document in counted(documents, name, "documents"))
         assert isinstance(total, torch.Tensor)
         by_range = [total[max(0, first - 1) : last - 1] for first, last in ranges(len(documents[0]))]
         found[name] = [perplexity_of(float(part.mean()) / len(documents)) for part in by_range]

@@ -9,6 +9,7 @@ batch it was at.
 import gc
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import torch
 from transformers.utils import logging
 
 from conf.checkpoint import load_model
+from conf.progress import Progress
 from conf.stage import write_json
 from eval.benchmarks import Benchmarks
 from eval.generate import CacheReading, NewCache, batches, coded_cache, generate, growing_cache
 from eval.inputs import Inputs, TaskInputs, TextInputs
 from eval.perplexity import perplexity
-from eval.progress import Progress
+from eval.tasks import Task
 
 
 def score_model(
@@ -55,11 +57,12 @@ def score_model(
     if there:
         print(f"{name}: {there} scores are there already", flush=True)
     if wanted:
+        print(f"{name}: loading {path}", flush=True)
         logging.disable_progress_bar()
         model = load_model(path, inputs.dtype, revision=revision, device=device)
         new_cache = growing_cache if cache_bits is None else coded_cache(cache_bits)
         tokens = sum(text.tokens for text, _ in open_texts) + sum(each.tokens for each, _ in open_tasks)
-        with Progress(name, tokens) as progress:
+        with Progress(name, tokens, "tokens") as progress:
             for text, file in open_texts:
                 write_json(file, score_text(model, text, progress) | on)
             for each, file in open_tasks:
@@ -124,7 +127,7 @@ def score_task(
     for batch in batches([len(prompt.ids) for prompt in each.prompts], batch_size):
         found = done.get(tuple(batch))
         if found is None:
-            found = score_batch(model, each, batch, inputs, new_cache)
+            found = score_batch(model, each, batch, inputs, new_cache, teller(progress, task))
             with partial.open("a") as stream:  # a line begins with its end: what a kill has cut off stays alone
                 stream.write("\n" + json.dumps({"key": key, "batch": batch} | found))
         reading.join(CacheReading(**found["cache"]))
@@ -155,7 +158,19 @@ def score_task(
     }
 
 
-def score_batch(model: Any, each: TaskInputs, batch: list[int], inputs: Inputs, new_cache: NewCache) -> dict[str, Any]:
+def teller(progress: Progress, task: Task) -> Callable[[int], None]:
+    """Says at which token a batch is."""
+    return lambda step: progress.advance(0, f"{task.name} at token {step} of {task.max_new_tokens}")
+
+
+def score_batch(
+    model: Any,
+    each: TaskInputs,
+    batch: list[int],
+    inputs: Inputs,
+    new_cache: NewCache,
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
     """Rows of these indices with output and score, and what the cache held for them."""
     task, reading = each.task, CacheReading()
     texts = generate(
@@ -168,6 +183,7 @@ def score_batch(model: Any, each: TaskInputs, batch: list[int], inputs: Inputs, 
         first_line=task.first_line and not task.newline_ends,
         newline_ends=task.newline_ends,
         new_cache=new_cache,
+        on_step=on_step,
     )
     rows = []
     for index, text in zip(batch, texts, strict=True):
@@ -202,6 +218,7 @@ def score_benchmark(
 ) -> dict[str, Any]:
     """One benchmark through lm-eval, which shows its own bar."""
     started = time.time()
+    print(f"{name}: {benchmark}", flush=True)
     found = suite.score(benchmark, model, tokenizer, batch_size)
     seconds = round(time.time() - started, 1)
     print(f"{name}: {benchmark} {found['score']:.1f} ({found['questions']} questions) [{seconds:.0f} s]", flush=True)

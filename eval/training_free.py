@@ -25,6 +25,7 @@ from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import plain, write_result
 from conf.precision import native_autocast
+from conf.progress import Progress
 from conf.schema import Config, StudyConfig, StudyPoint
 from conf.stage import fingerprint, provenance
 from data.calibration import calibration_batches
@@ -60,15 +61,17 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
     if any(needs_calibration(options) or point.reconstruction_steps for _, point, options in points):
         calibration = list(calibration_batches(config, tokenizer))
         check_ids("data for calibration", calibration, tokenizer, model.config)
-        with native_autocast("cpu"):
-            statistics = collect_statistics(model, calibration)
+        tokens = sum(batch.numel() for batch in calibration)
+        with native_autocast("cpu"), Progress("statistics", tokens, "tokens") as progress:
+            statistics = collect_statistics(model, calibration, progress.advance)
     yield {"name": "original", "perplexity": perplexity(model, windows)}
     for name, point, options in points:
         converted, report = convert(model, options, statistics)
         if point.reconstruction_steps:
-            with native_autocast("cpu"):
+            layers = model.config.num_hidden_layers
+            with native_autocast("cpu"), Progress(f"reconstruct {name}", layers, "layers") as progress:
                 steps, rate = point.reconstruction_steps, point.reconstruction_learning_rate
-                reconstruct(model, converted, calibration, steps, rate)
+                reconstruct(model, converted, calibration, steps, rate, lambda *_: progress.advance(1))
         found = perplexity(converted, windows)
         sizes = {"rope_dim": report.options.rope_dim, "kv_lora_rank": report.options.kv_lora_rank}
         row = {"name": name} | plain(point) | sizes | {"reduction": report.reduction, "perplexity": found}

@@ -1,6 +1,6 @@
 """How far a converted model is from its original on the same text."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,12 @@ class Tally:
 
 
 @torch.no_grad()
-def compare(original: Any, converted: Any, batches: Iterable[torch.Tensor]) -> Comparison:
+def compare(
+    original: Any, converted: Any, batches: Iterable[torch.Tensor], on_tokens: Callable[[int], None] | None = None
+) -> Comparison:
     """Run both models over batches of input_ids [B, S], one row at a time so that few logits stand in memory.
 
+    `on_tokens` is told how many tokens each row had.
     Raises ValueError if there is no token to predict.
     """
     tally = Tally()
@@ -64,4 +67,6 @@ def compare(original: Any, converted: Any, batches: Iterable[torch.Tensor]) -> C
         for row in batch.split(1):
             theirs, ours = (ask(model, row.to(model.device))[0] for model in (original, converted))
             tally.add(theirs, ours, row[0, 1:].to(original.device))
+            if on_tokens:
+                on_tokens(row.numel())
     return tally.comparison()

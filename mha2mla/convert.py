@@ -4,6 +4,7 @@ The original model is not touched and shares no memory with the result. Layers a
 float32 (singular values in float64) and stored in the model's own dtype.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -86,13 +87,17 @@ def needs_calibration(options: ConversionOptions) -> list[str]:
 
 
 def convert(
-    model: Any, options: ConversionOptions, calibration: Statistics | None = None
+    model: Any,
+    options: ConversionOptions,
+    calibration: Statistics | None = None,
+    on_layer: Callable[[int], None] | None = None,
 ) -> tuple[Any, ConversionReport]:
     """Turn a decoder of a supported family (MHA, GQA or MQA) into its latent-attention counterpart.
 
     model: a base model or causal language model of transformers.
     calibration: from `collect_statistics`; needed by partial_rope="2-norm", otherwise it adds the errors on real
         activations to the report.
+    on_layer: is told the index of every layer that was converted.
     Returns the converted model (same dtype, device and mode of training) and a report.
     Raises ValueError for an unsupported family, for sizes that do not fit, and where calibration is missing.
     """
@@ -115,6 +120,8 @@ def convert(
         weights, report = convert_layer(attentions[index], geometry, own, rotations[index], statistics)
         state |= {own_prefix + name: tensor for name, tensor in weights.items()}
         reports.append(report)
+        if on_layer:
+            on_layer(index)
     target = family.model_class if model.base_model is model else family.causal_lm_class
     converted = build(target, config, state, model)
     return converted, conversion_report(model.config, options, ranks, error, reports)

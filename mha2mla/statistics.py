@@ -72,11 +72,14 @@ class Statistics:
 
 
 @torch.no_grad()
-def collect_statistics(model: Any, batches: Iterable[Any]) -> Statistics:
+def collect_statistics(
+    model: Any, batches: Iterable[Any], on_tokens: Callable[[int], None] | None = None
+) -> Statistics:
     """Run the original model over calibration text and average its attention statistics.
 
     batches: tensors of input_ids [B, S], or mappings with `input_ids` and, for padded text, `attention_mask`
-    [B, S] (0 marks padding, which is not counted). Raises ValueError if there is not a single token.
+    [B, S] (0 marks padding, which is not counted). `on_tokens` is told how many tokens each batch had.
+    Raises ValueError if there is not a single token.
     """
     geometry = geometry_of(model.config)
     layers = attention_layers(model)
@@ -103,8 +106,11 @@ def collect_statistics(model: Any, batches: Iterable[Any]) -> Statistics:
             ids, mask = batch["input_ids"], batch.get("attention_mask")
             mask = torch.ones_like(ids) if mask is None else mask
             kept[0] = mask.flatten().bool().to(device)
-            tokens += int(kept[0].sum())
+            found = int(kept[0].sum())
             model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            tokens += found
+            if on_tokens:
+                on_tokens(found)
     finally:
         model.train(training)
         for handle in handles:

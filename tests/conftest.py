@@ -1,9 +1,10 @@
-"""One thread a test, and the table of what works for which family, made from the tests that show it.
+"""As many threads as told, and the table of what works for which family, made from the tests that show it.
 
 python -m pytest tests/mha2mla -m capability -n 2 --family-table docs/results/families.json
 """
 
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,12 +13,15 @@ import torch
 
 from conf.stage import provenance
 
+# One thread unless told otherwise, in processes that tests start too: on several, tiny models mostly wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models on several threads mostly wait for each other, the more so on a busy machine."""
+def threads_as_told():
+    """Whatever a test sets, the next begins with OMP_NUM_THREADS, which torch reads only once."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     yield
     torch.set_num_threads(threads)
 

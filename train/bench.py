@@ -31,11 +31,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from conf.errors import stage_main
 from conf.memory import held_bytes, peak_bytes
 from conf.plan import plain, write_result
+from conf.progress import counted
 from conf.schema import Config
 from conf.stage import provenance
 from conf.timing import seconds_of
@@ -60,8 +60,9 @@ def measure(config: Config) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     turns = [name for _ in range(config.bench.train_rounds) for name in variants]
     with tempfile.TemporaryDirectory() as folder:
+        print("bench: converting the original", flush=True)
         alone(write_converted, config, folder)
-        for name in tqdm(turns, desc="bench", unit="training", disable=None):
+        for name in counted(turns, "bench", "trainings"):
             found = alone(train, config, folder, name)
             seconds[name] += found.pop("seconds")
             memory[name].append(found.pop("memory_gib"))

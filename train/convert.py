@@ -19,7 +19,6 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from omegaconf import DictConfig
-from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from conf.checkpoint import NOT_OURS, load_model
@@ -29,6 +28,7 @@ from conf.memory import peak_memory_gib
 from conf.models import local_model
 from conf.plan import Plan
 from conf.precision import Dtype, native_autocast, torch_dtype
+from conf.progress import Progress
 from conf.schema import Config, Streamed
 from conf.stage import write_json
 from data.calibration import calibration_batches, heldout_batches
@@ -44,7 +44,7 @@ from mha2mla import (
 from mha2mla.compare import Comparison, compare
 from mha2mla.families import attention_layers, latent_layers
 from mha2mla.reconstruct import LayerFit
-from mha2mla.streaming import PROGRESS, STATE, convert_streamed, forget_progress
+from mha2mla.streaming import PROGRESS, STATE, convert_streamed
 from train.checkpoint import appearing_in
 from train.resources import sizes_of
 
@@ -79,29 +79,42 @@ def load_pretrained(config: Config) -> Any:
 
 def convert_model(config: Config, folder: Path) -> dict[str, Any]:
     """Convert, measure and save into `folder`; returns the stage's metrics."""
+    print("convert: loading the original", flush=True)
     model = load_pretrained(config)
     tokenizer = AutoTokenizer.from_pretrained(local_model(config), revision=config.model.revision)
-    heldout = list(heldout_batches(config, tokenizer))
+    heldout, calibration = list(heldout_batches(config, tokenizer)), list(calibration_batches(config, tokenizer))
     check_ids("held-out data", heldout, tokenizer, model.config)
-    print(f"convert: collecting statistics over {config.calibration.tokens:,} tokens", flush=True)
+    check_ids("data for calibration", calibration, tokenizer, model.config)
     # Means over thousands of tokens do not need float32 products; the sums are float32 all the same.
-    with native_autocast(model.device.type):
-        calibration = list(calibration_batches(config, tokenizer))
-        check_ids("data for calibration", calibration, tokenizer, model.config)
-        statistics = collect_statistics(model, calibration)
-    converted, report = convert(model, ConversionOptions.from_config(config.mla), statistics)
+    with native_autocast(model.device.type), over_tokens("statistics", calibration) as on_tokens:
+        statistics = collect_statistics(model, calibration, on_tokens)
+    with Progress("convert: factor", model.config.num_hidden_layers, "layers") as progress:
+        options = ConversionOptions.from_config(config.mla)
+        converted, report = convert(model, options, statistics, lambda _: progress.advance(1))
     print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)
     found = report.to_dict()
     if config.mla.reconstruction_steps:
         comparison, fits = reconstructed(model, converted, calibration, heldout, config)
         found |= fits
     else:
-        comparison = compare(model, converted, heldout)
+        comparison = compared(model, converted, heldout)
     with appearing_in(folder) as whole:
         converted.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         write_json(whole / "conversion.json", found | {"comparison": asdict(comparison)})
     return metrics(report, comparison, statistics.tokens, model.device)
+
+
+@contextmanager
+def over_tokens(what: str, batches: list[torch.Tensor]) -> Iterator[Callable[[int], None]]:
+    """Progress over the tokens of some batches."""
+    with Progress(f"convert: {what}", sum(batch.numel() for batch in batches), "tokens") as progress:
+        yield progress.advance
+
+
+def compared(model: Any, converted: Any, heldout: list[torch.Tensor]) -> Comparison:
+    with over_tokens("compare on held-out text", heldout) as on_tokens:
+        return compare(model, converted, heldout, on_tokens)
 
 
 def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
@@ -110,6 +123,7 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
         raise ValueError(
             f"model.dtype={config.model.dtype.value}: layer by layer a checkpoint keeps its dtype; use auto"
         )
+    print("convert: opening the original's files", flush=True)
     source = checkpoint_folder(config)
     tokenizer, device = AutoTokenizer.from_pretrained(source), pick_device(config.launch.device)
     calibration, heldout = list(calibration_batches(config, tokenizer)), list(heldout_batches(config, tokenizer))
@@ -185,12 +199,12 @@ def reconstructed(
     model: Any, converted: Any, calibration: list[torch.Tensor], heldout: list[torch.Tensor], config: Config
 ) -> tuple[Comparison, dict[str, Any]]:
     """Layer-wise reconstruction on the calibration text, taken back where the model as a whole is worse for it."""
-    closed, mla = compare(model, converted, heldout), config.mla
+    closed, mla = compared(model, converted, heldout), config.mla
     weights = [(layer, copy.deepcopy(layer.state_dict())) for _, layer in latent_layers(converted)]
     steps, rate = mla.reconstruction_steps, mla.reconstruction_learning_rate
     with native_autocast(model.device.type), layer_progress(len(attention_layers(model)), "reconstructed") as on_layer:
         fits = reconstruct(model, converted, calibration, steps, rate, on_layer)
-    comparison, found = compare(model, converted, heldout), described(fits)
+    comparison, found = compared(model, converted, heldout), described(fits)
     found |= {"comparison_before_reconstruction": asdict(closed), "reconstruction_kept": True}
     if comparison.kl_divergence <= closed.kl_divergence:
         return comparison, found
@@ -220,15 +234,9 @@ def described(fits: list[LayerFit]) -> dict[str, Any]:
 
 @contextmanager
 def layer_progress(layers: int, done: str) -> Iterator[Callable[[int, LayerFit], None]]:
-    """A bar over layers on a terminal, a line every ten layers elsewhere."""
-    with tqdm(total=layers, desc=done, unit="layer", disable=None) as bar:
-
-        def on_layer(index: int, _: LayerFit) -> None:
-            bar.update()
-            if bar.disable and (index + 1) % 10 == 0:
-                print(f"convert: {index + 1} of {layers} layers {done}", flush=True)
-
-        yield on_layer
+    """Progress over layers."""
+    with Progress(f"convert: {done}", layers, "layers") as progress:
+        yield lambda index, fit: progress.advance(1)
 
 
 def summary(size: float, original: int, reduction: float) -> str:
@@ -247,7 +255,6 @@ def run(config: Config) -> None:
             stage.metrics |= stream_model(config, stage.folder, pretrained.num_hidden_layers)
         else:
             stage.metrics |= convert_model(config, stage.folder)
-    forget_progress(stage.folder)  # only now: the stage is sealed
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -36,6 +36,7 @@ def export_model(config: Config, plan: Plan, folder: Path) -> dict[str, Any]:
     stage = plan.finetune if config.export.stage is ExportStage.finetune else plan.convert
     stage.require_finished()
     dtype = torch_dtype(config.export.dtype, True, stored="auto")
+    print(f"export: loading {stage.folder}", flush=True)
     model = load_model(stage.folder, dtype).eval()
     exported = to_deepseek(model) if config.export.form is ExportForm.native else to_served(model)
     tokenizer = AutoTokenizer.from_pretrained(stage.folder)
@@ -43,6 +44,7 @@ def export_model(config: Config, plan: Plan, folder: Path) -> dict[str, Any]:
         exported.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         del exported
+        print("export: comparing what was written with the model", flush=True)
         found = compare(model, whole, config.export.form)
         found["cache_numbers_per_token"] = model.config.num_hidden_layers * (
             model.config.kv_lora_rank + model.config.rope_dim

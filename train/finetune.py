@@ -15,7 +15,6 @@ The folder of the stage ends up as an ordinary checkpoint of the converted model
 import functools
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -126,11 +125,11 @@ def finetune(
 
     def validate() -> None:
         number = max(1, config.eval_tokens // validation_rows.length)
-        loss = validation_loss(accelerator, model, validation_rows, number, config.micro_batch_size)
+        loss = validation_loss(accelerator, model, validation_rows, number, config.micro_batch_size, display)
         row = progress.log_validation(loss, perplexity_of(loss))
         shown = f"step {progress.step}/{steps}  validation perplexity {row['perplexity']:.3f}"
         if text is not None:
-            loss = validation_loss(accelerator, model, text, len(text), config.micro_batch_size)
+            loss = validation_loss(accelerator, model, text, len(text), config.micro_batch_size, display)
             row["text_perplexity"] = perplexity_of(loss)
             shown += f", {text.name} {row['text_perplexity']:.3f}"
         record(row, "validation")
@@ -161,6 +160,7 @@ def finetune(
                 loss, _ = loss_of(model, micro)
                 accelerator.backward(loss * accelerator.num_processes / targets)
             loss_sum += loss.detach()
+            display.note(f"step {step + 1}/{steps}, micro-batch {index + 1} of {micro_batches}")
         grad_norm = clip(accelerator, model, config.max_grad_norm)
         total = float(accelerator.reduce(loss_sum, "sum"))
         check_finite(step, total / targets, grad_norm, accelerator.mixed_precision)
@@ -173,11 +173,12 @@ def finetune(
         row = progress.log_train(lr, grad_norm) if done % config.log_every == 0 or done == steps else None
         if row:
             record(row, "train")
-        display.step(row, total / targets, tokens / seconds)
+        display.step(done, row, total / targets, tokens / seconds)
         if done % config.eval_every == 0 or done == steps:
             validate()
         if done % config.save_every == 0:
             save_checkpoint(accelerator, states, progress, output / "checkpoints", config.keep_checkpoints)
+    display.line(f"finetune: writing the model into {output}")
     display.close()
 
     save_model(accelerator, model, model_dir, output, config)
@@ -234,7 +235,7 @@ def check_finite(step: int, loss: float, grad_norm: float, mixed_precision: str)
 
 @torch.no_grad()
 def validation_loss(
-    accelerator: Accelerator, model: nn.Module, rows: PackedRows | TextRows, number: int, size: int
+    accelerator: Accelerator, model: nn.Module, rows: PackedRows | TextRows, number: int, size: int, display: Display
 ) -> float:
     """Mean cross-entropy in nats over the first `number` rows, `size` at once on each process."""
     number = min(len(rows), number)
@@ -250,6 +251,7 @@ def validation_loss(
         labels, logits = batch["labels"].flatten(), forward(model, batch).logits
         loss = token_losses(rows_of(logits), labels).double().sum()
         sums += torch.stack([loss, torch.count_nonzero(labels != IGNORE)])
+        display.note(f"validation: {min(first + size * processes, number)} of {number} sequences")
     model.train()
     loss, targets = accelerator.reduce(sums, "sum").tolist()
     return loss / max(targets, 1)
@@ -295,6 +297,8 @@ def run(config: Config) -> None:
         return
     check_settings(config.finetune, accelerator.num_processes)
     top_k = config.finetune.teacher_top_k
+    if main:
+        print("finetune: loading models and data", flush=True)
     teacher = None if top_k else load_teacher(config, accelerator)
     accelerator.wait_for_everyone()  # every process has looked before the main one changes the folder
     with plan.finetune.run(resumable=True, force=config.force, main=main) as stage:
@@ -317,9 +321,6 @@ def run(config: Config) -> None:
             )
             if tracker:
                 tracker.summary.update(stage.metrics)
-    if main:
-        # Only now: until the stage is sealed they are what a restart needs, after it nothing reads them.
-        shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
     accelerator.end_training()
 
 

@@ -14,8 +14,8 @@ import numpy
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import trange
 
+from conf.progress import counted
 from conf.schema import FinetuneConfig
 from conf.stage import appearing, digest
 from mha2mla.output_head import chunks
@@ -68,7 +68,8 @@ def write(folder: Path, rows: PackedRows, config: FinetuneConfig, teacher: nn.Mo
     shape = (len(rows), rows.length, config.teacher_top_k)
     tokens = numpy.lib.format.open_memmap(folder / "tokens.npy", "w+", "uint32", shape)
     found = numpy.lib.format.open_memmap(folder / "log_probabilities.npy", "w+", "float32", shape)
-    for first in trange(0, len(rows), config.micro_batch_size, desc="teacher", unit="batch", disable=None):
+    starts = range(0, len(rows), config.micro_batch_size)
+    for first in counted(starts, "finetune: store the teacher", "batches"):
         indices = list(range(first, min(first + config.micro_batch_size, len(rows))))
         batch = {name: value.to(accelerator.device) for name, value in rows.batch(indices).items()}
         values, best = top_k(teacher, batch, config)

@@ -12,7 +12,7 @@ from conf.schema import Config, typed_config
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = sorted(path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml"))
-MODEL = ["model.path=org/name"]
+NEEDED = {"from_path": ["model.path=org/name"], "local": ["data.files=[x]"]}  # by files that leave something open
 
 
 def composed(*overrides: str) -> Config:
@@ -23,13 +23,13 @@ def composed(*overrides: str) -> Config:
 def test_the_glob_finds_the_groups() -> None:
     assert len(GROUPS) >= 12
     assert {path.parts[0] for path in GROUPS} >= {"model", "method", "data", "finetune", "eval", "launch", "experiment"}
+    assert NEEDED.keys() <= {path.stem for path in GROUPS}
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=str)
 def test_every_group_file_composes(path: Path) -> None:
     group, name = str(path.parent), path.stem
-    needed = {"from_path": MODEL, "local": ["data.files=[x]"], "longbench_local": ["eval.data_dir=x"]}.get(name, [])
-    config = composed(f"{group}={name}", *needed)
+    config = composed(f"{group}={name}", *NEEDED.get(name, []))
     assert config.model.name
     # Not only composed but taken over: every scalar of the file stands in the result.
     written = OmegaConf.load(CONF / path)

@@ -1,7 +1,6 @@
 """A stage's folder: finished only when sealed, skipped only for the same configuration and inputs, never lost."""
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -85,7 +84,7 @@ def test_fingerprint_sees_content_and_names(tmp_path: Path) -> None:
     second = fingerprint(tmp_path)
     (tmp_path / "a").rename(tmp_path / "b")
     assert len({first, second, fingerprint(tmp_path)}) == 3
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="missing does not exist or is empty"):
         fingerprint(tmp_path / "missing")
 
 
@@ -100,16 +99,22 @@ def test_what_changed_is_said_when_an_earlier_result_is_moved_aside(
     assert "(mla.r: 1 -> 2, mla.new: unset -> True)" in out and "mla.R" not in out and "seed" not in out
 
 
-def test_only_one_run_at_a_time_makes_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_only_one_run_at_a_time_makes_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Points of a sweep that a cluster runs side by side share the sample and the original's scores."""
-    order = []
+    order, waits = [], threading.Event()
+
+    def said(text: str, **_: object) -> None:
+        if "another run is making" in text:
+            waits.set()
+
+    monkeypatch.setattr("builtins.print", said)
 
     def make(name: str) -> None:
         with stage(tmp_path).alone():
             if not stage(tmp_path).record():
                 with stage(tmp_path).run() as running:
                     order.append(f"{name} makes it")
-                    time.sleep(0.3)
+                    assert waits.wait(60), "nobody waits for it"
                     (running.folder / "result").write_text(name)
             else:
                 order.append(f"{name} finds it")
@@ -120,4 +125,3 @@ def test_only_one_run_at_a_time_makes_a_stage(tmp_path: Path, capsys: pytest.Cap
     for thread in threads:
         thread.join()
     assert sorted(word.split()[1] for word in order) == ["finds", "makes"] and order[0].endswith("makes it")
-    assert "another run is making" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Conversations of the original with itself: made once, for training alone, and resumed to the same words."""
 
 import json
+import math
 from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
@@ -29,6 +30,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ {'user': 'w0', 'assistant': 'w1'}[m.role] }} {{ m.content }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}w1 {% endif %}"
 )
+END = 0.06  # of 16 words, the room of a turn here, 63 % come to an end
 GENERATED = SourceConfig(kind=SourceKind.generated)
 
 
@@ -41,12 +43,25 @@ def chat_model(tmp_path: Path, **data: object) -> Config:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(config.model.path)
     if not (Path(config.model.path) / "config.json").exists():
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=EOS + 1, eos_token_id=EOS, pad_token_id=EOS, **sizes))
-        model.lm_head.weight.data[EOS] *= 40  # most of what it says comes to an end
-        model.save_pretrained(config.model.path)
+        write_speaker(Path(config.model.path))
     return config
+
+
+def write_speaker(folder: Path) -> None:
+    """A model that says any word at any time, each as likely, and comes to an end at every word with probability END.
+
+    So how much ends is known, whatever kernels compute it: all its states are the same, and only the head tells tokens.
+    """
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=EOS + 1, eos_token_id=EOS, pad_token_id=EOS, **sizes))
+    with torch.no_grad():
+        for layer in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
+            layer.weight.zero_()
+        model.model.embed_tokens.weight.fill_(1)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[0, 0] = -100.0  # the unknown word
+        model.lm_head.weight[EOS, 0] = math.log(END / (1 - END) * len(WORDS))
+    model.save_pretrained(folder)
 
 
 def files(config: Config) -> dict[str, str]:
@@ -80,7 +95,7 @@ def test_half_of_it_is_about_passages_of_the_other_sources(tmp_path: Path) -> No
     plain = {text for text in (tmp_path / "a.jsonl").read_text().split('"') if " " in text}
     asked = [chat[0]["content"] for name in files(config) for chat in read_chats(Plan(config).converse.folder / name)]
     about = [text for text in asked if any(request in text for request in REQUESTS)]
-    assert 0.4 < len(about) / len(asked) <= 0.8  # a random model's own questions do not always come to an end
+    assert 0.5 < len(about) / len(asked) < 0.8  # its own questions do not always come to an end: 0.64 is expected
     passages = [part for text in about for part in text.split("\n\n") if part not in REQUESTS]
     assert sum(any(part in text for text in plain) for part in passages) > 0.9 * len(passages)
 
@@ -98,7 +113,7 @@ def test_an_answer_without_an_end_teaches_none(tmp_path: Path, end: str) -> None
     config = chat_model(tmp_path, document_end=DocumentEnd(end))
     converse(config)
     said = spoken(config)
-    assert 0.1 < np.mean([bool(chat[-1]["ended_by"]) for chat, _ in said]) < 0.9
+    assert 0.3 < np.mean([bool(chat[-1]["ended_by"]) for chat, _ in said]) < 0.9  # 0.60 is expected
     assert all((ids[-1] == EOS) == bool(chat[-1]["ended_by"]) for chat, ids in said)
     sample(config)
     found = set(pieces(*read_rows(config, "train")))
@@ -134,7 +149,8 @@ def test_a_question_ends_where_the_template_begins_the_answer(tmp_path: Path, mo
     assert speaker.said([6, 7, 10, 8, EOS, EOS], "w9") == ("w5 w6 ", "w9")
     assert speaker.said([6, 7, 8, EOS, EOS], "w9") == ("w5 w6 w7", "<eos>")
     assert speaker.said([6, 7, 8], "w9") == ("w5 w6 w7", "")
-    assert all("w9" not in question.split() for question in speaker.questions(16))
+    asked = speaker.questions(64)
+    assert len(asked) > 10 and all("w9" not in question.split() for question in asked)
 
 
 def test_settings_of_the_checkpoint_do_not_narrow_what_is_said(tmp_path: Path) -> None:
@@ -147,7 +163,8 @@ def test_settings_of_the_checkpoint_do_not_narrow_what_is_said(tmp_path: Path) -
 
 def test_special_tokens_of_passages_stay_out_of_conversations(tmp_path: Path) -> None:
     speaker = speaker_of(chat_model(tmp_path), cycle(["w5 <eos> w6 " * 50]))
-    assert all("<eos>" not in text and "w6" in text for text in speaker.passages(0))
+    texts = speaker.passages(0)
+    assert len(texts) == 16 and all("<eos>" not in text and "w6" in text for text in texts)
 
 
 def test_a_killed_run_goes_on_with_the_same_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

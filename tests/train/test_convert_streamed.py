@@ -41,7 +41,7 @@ def command(root: Path, output: str, *changes: str) -> list[str]:
 
 
 def start(words: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

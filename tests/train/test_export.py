@@ -57,5 +57,5 @@ def test_an_export_that_is_another_function_is_not_written(tmp_path: Path, monke
 
 def test_an_unfinished_run_is_not_exported(tmp_path: Path) -> None:
     write_original(tmp_path)
-    with pytest.raises(Exception, match="(?i)finish"):
+    with pytest.raises(FileNotFoundError, match="stage 'finetune' .* has not finished; run `make finetune`"):
         export.run_export(compose_config(tmp_path))

@@ -33,7 +33,7 @@ class Project:
     def start(self, *words: str) -> subprocess.Popen:
         config = composed([*self.words, *words])
         command, variables = launch_command(config.launch, "train.finetune", [*self.words, *words])
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+        environment = os.environ | variables
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
 
@@ -192,7 +192,11 @@ def test_stages_before_it_must_be_finished(tmp_path):
 def test_a_wrong_setting_does_not_move_a_finished_result(tmp_path):
     project = Project(tmp_path, max_steps=3)
     project.run_here()
-    for word in ("finetune.loss=kl", "finetune.micro_batch_size=3", "launch.num_processes=2"):
-        with pytest.raises(ValueError):
+    for word, message in (
+        ("finetune.loss=kl", "finetune.loss=kl is unknown"),
+        ("finetune.micro_batch_size=3", "finetune.global_batch_size=4 must be a multiple"),
+        ("launch.num_processes=2", "2 processes were asked for"),
+    ):
+        with pytest.raises(ValueError, match=message):
             run(composed([*project.words, word]))
         assert (project.folder / "model.safetensors").exists(), word
