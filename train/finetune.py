@@ -37,7 +37,7 @@ from conf.errors import stage_main
 from conf.memory import peak_memory_gib
 from conf.plan import Plan, plain, teacher_fingerprint
 from conf.schema import Config, FinetuneConfig, Sharding
-from conf.tracking import open_run
+from conf.tracking import Tracker, open_run
 from data.windows import text_windows
 from train.batches import PackedRows, TextRows, TrainingOrder, micro_batch, mix_seed
 from train.checkpoint import load_checkpoint, save_checkpoint, without_wrappers
@@ -297,21 +297,20 @@ def run(config: Config) -> None:
         settings = {"finetune": plain(config.finetune), "launch": plain(config.launch)}
         if main:
             print(yaml.safe_dump(settings, sort_keys=False), flush=True)
-        with open_run(config, stage, settings) if main else nullcontext() as tracker:
+        with open_run(config, stage, settings) if main else nullcontext(Tracker(stage.name)) as tracker:
             stage.metrics |= finetune(
                 plan.convert.folder,
                 plan.sample.folder,
                 stage.folder,
                 config.finetune,
                 accelerator,
-                tracker and (lambda values, step: tracker.log(values, step=step)),
+                lambda values, step: tracker.do(lambda run: run.log(values, step=step)),
                 teacher,
                 text_rows(config, plan.convert.folder),
                 functools.partial(stored_rows, config, plan, accelerator) if top_k else None,
                 config.launch.sharding,
             )
-            if tracker:
-                tracker.summary.update(stage.metrics)
+            tracker.do(lambda run: run.summary.update(stage.metrics))
     if main:
         # Only now: until the stage is sealed they are what a restart needs, after it nothing reads them.
         shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
