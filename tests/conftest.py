@@ -24,6 +24,13 @@ def one_thread():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--family-table", type=Path, help="write what works for which family as JSON")
+    parser.addoption("--fuzz", type=int, default=1, help="so many times as many damaged inputs (tests/fuzz.py)")
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> int:
+    """Times as many damaged inputs as by default."""
+    return int(request.config.getoption("--fuzz"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
