@@ -73,7 +73,7 @@ class ExportStage(Enum):
 
 
 class TrackingMode(Enum):
-    auto = "auto"  # online with a key or a server, else offline
+    auto = "auto"  # online with a key, else offline
     online = "online"
     offline = "offline"
     none = "none"
@@ -350,6 +350,10 @@ class TrackingConfig:
     mode: TrackingMode = TrackingMode.auto
     project: str = "mha2mla"
     entity: str | None = None
+
+    def __post_init__(self) -> None:
+        refused = [letter for letter in "/\\#?%:" if letter in self.project]  # W&B's own rule, offline too
+        require(not refused, f"tracking.project={self.project} must not contain any of / \\ # ? % :")
 
 
 @dataclass

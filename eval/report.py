@@ -48,9 +48,8 @@ def run_report(config: Config, overrides: list[str] | None = None) -> None:
         (stage.folder / "report.md").write_text(text, encoding="utf-8")
         (stage.folder / "report.html").write_text(page(text, stage.folder), encoding="utf-8")
         stage.metrics |= scalars(results)
-        with open_run(config, stage, results["config"]) as run:
-            if run:
-                send(run, results, stage.folder)
+        with open_run(config, stage, results["config"]) as tracker:
+            tracker.do(lambda run: send(run, results, stage.folder))
     print(text_table(*summary_rows(results, share=False)))
     print(f"\nin {conditions(results)}\nreport: {plan.report.folder / 'report.html'}", flush=True)
 

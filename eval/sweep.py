@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from conf.schema import Config, typed_config
 from conf.stage import Stage, provenance, write_json
-from conf.tracking import open_run
+from conf.tracking import Tracker, open_run
 from eval.page import page
 from eval.picture import draw
 from eval.report import PICTURE, scalars, send_files
@@ -29,11 +29,13 @@ from eval.results import MODELS
 from eval.tables import Rows, markdown_table, number, percent, text_table, whole
 
 
-def sweep_report(points: list[Path], folder: Path, failed: dict[str, str], run: Any = None) -> dict[str, Any]:
+def sweep_report(
+    points: list[Path], folder: Path, failed: dict[str, str], tracker: Tracker | None = None
+) -> dict[str, Any]:
     """Compare the reports of `points` (run folders) and write the sweep's files into `folder`.
 
-    `failed` maps a point's name to its error; a point without a report joins it. `run` is a W&B run that
-    gets the same table, picture and scalars, and the files. Returns what `sweep.json` holds.
+    `failed` maps a point's name to its error; a point without a report joins it. `tracker` has the
+    W&B run that gets the same table, picture and scalars, and the files. Returns what `sweep.json` holds.
     """
     results, strangers = comparable(load_results(points))
     missing = [point for point in points if not report_of(point).exists()]
@@ -55,9 +57,8 @@ def sweep_report(points: list[Path], folder: Path, failed: dict[str, str], run: 
     text = sweep_markdown(results, failed)
     (folder / "sweep.md").write_text(text, encoding="utf-8")
     (folder / "sweep.html").write_text(page(text, folder), encoding="utf-8")
-    if results and run:
-        send(run, results, folder / PICTURE, failed)
-        send_files(run, [folder / PICTURE, *folder.glob("sweep.*")])
+    if results and tracker:
+        tracker.do(lambda run: send(run, results, folder, failed))
     return sweep
 
 
@@ -172,8 +173,8 @@ def sweep_markdown(results: list[dict[str, Any]], failed: dict[str, str]) -> str
     return "\n\n".join(parts) + "\n"
 
 
-def send(run: Any, results: list[dict[str, Any]], picture: Path, failed: dict[str, str]) -> None:
-    """The table and the picture to W&B, and one step a point for its curves."""
+def send(run: Any, results: list[dict[str, Any]], folder: Path, failed: dict[str, str]) -> None:
+    """The table, the picture and the files to W&B, and one step a point for its curves."""
     import wandb
 
     for result in results:
@@ -186,7 +187,8 @@ def send(run: Any, results: list[dict[str, Any]], picture: Path, failed: dict[st
         for result in results
     ]
     table = wandb.Table(columns=[*columns], data=data)
-    run.log({"points": table, "reduction_vs_drop": wandb.Image(str(picture)), "failed_points": len(failed)})
+    run.log({"points": table, "reduction_vs_drop": wandb.Image(str(folder / PICTURE)), "failed_points": len(failed)})
+    send_files(run, [folder / PICTURE, *folder.glob("sweep.*")])
 
 
 def read_points(folders: list[Path]) -> tuple[list[Path], dict[str, str]]:
@@ -221,8 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     folder = options.output or options.folders[0]
     results, _ = comparable(load_results(points))
-    with sweep_run(results, folder) if results else nullcontext() as run:
-        sweep = sweep_report(points, folder, failed, run)
+    with sweep_run(results, folder) if results else nullcontext() as tracker:
+        sweep = sweep_report(points, folder, failed, tracker)
     if results:
         header, rows = sweep_rows(results)
         print(text_table(header[:1] + header[2:], [row[:1] + row[2:] for row in rows]))  # no room for the bytes
@@ -233,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if results else 1
 
 
-def sweep_run(results: list[dict[str, Any]], folder: Path) -> AbstractContextManager[Any]:
+def sweep_run(results: list[dict[str, Any]], folder: Path) -> AbstractContextManager[Tracker]:
     """A W&B run for the sweep, with the tracking settings of its points."""
     # No more than is needed: other settings may be of an older form.
     kept = {key: results[0]["config"][key] for key in ("model", "tracking", "output_dir")}

@@ -36,7 +36,7 @@ from conf.errors import stage_main
 from conf.memory import peak_memory_gib
 from conf.plan import Plan, plain, teacher_fingerprint
 from conf.schema import Config, FinetuneConfig, Sharding
-from conf.tracking import open_run
+from conf.tracking import Tracker, open_run
 from data.tokens import check_ids
 from data.windows import text_windows
 from mha2mla.output_head import perplexity_of, rows_of, token_losses
@@ -306,21 +306,20 @@ def run(config: Config) -> None:
         settings = {"finetune": plain(config.finetune), "launch": plain(config.launch)}
         if main:
             print(yaml.safe_dump(settings, sort_keys=False), flush=True)
-        with open_run(config, stage, settings) if main else nullcontext() as tracker:
+        with open_run(config, stage, settings) if main else nullcontext(Tracker(stage.name)) as tracker:
             stage.metrics |= finetune(
                 plan.convert.folder,
                 plan.sample.folder,
                 stage.folder,
                 config.finetune,
                 accelerator,
-                tracker and (lambda values, step: tracker.log(values, step=step)),
+                lambda values, step: tracker.do(lambda run: run.log(values, step=step)),
                 teacher,
                 text_rows(config, plan.convert.folder),
                 functools.partial(stored_rows, config, plan, accelerator) if top_k else None,
                 config.launch.sharding,
             )
-            if tracker:
-                tracker.summary.update(stage.metrics)
+            tracker.do(lambda run: run.summary.update(stage.metrics))
     accelerator.end_training()
 
 
