@@ -183,6 +183,11 @@ def finetune(
 
     save_model(accelerator, model, model_dir, output, config)
     perplexities = [row["perplexity"] for row in progress.validation]
+    if not perplexities[-1] <= perplexities[0]:
+        display.line(
+            f"finetune: warning: training made the model worse, validation perplexity {perplexities[0]:.3f} -> "
+            f"{perplexities[-1]:.3f};\n          lower finetune.learning_rate ({config.learning_rate:g})"
+        )
     return {
         "steps": progress.step,
         "tokens": progress.tokens,
