@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from mha2mla.token_ids import known_ids
+
 
 @dataclass
 class Comparison:
@@ -51,11 +53,11 @@ class Tally:
 def compare(original: Any, converted: Any, batches: Iterable[torch.Tensor]) -> Comparison:
     """Run both models over batches of input_ids [B, S], one row at a time so that few logits stand in memory.
 
-    Raises ValueError if there is no token to predict.
+    Raises ValueError if there is no token to predict, or one that the original does not embed.
     """
     tally = Tally()
     for batch in batches:
-        for row in batch.split(1):
+        for row in known_ids(original, batch).split(1):
             theirs = original(row.to(original.device), use_cache=False).logits[0, :-1]
             ours = converted(row.to(converted.device), use_cache=False).logits[0, :-1]
             tally.add(theirs, ours, row[0, 1:].to(original.device))
