@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from mha2mla.output_head import LogitsOf, ask, chunks, losses_of, perplexity_of
+from mha2mla.token_ids import known_ids
 
 
 @dataclass
@@ -60,11 +61,11 @@ def compare(
     """Run both models over batches of input_ids [B, S], one row at a time so that few logits stand in memory.
 
     `on_tokens` is told how many tokens each row had.
-    Raises ValueError if there is no token to predict.
+    Raises ValueError if there is no token to predict, or one that the original does not embed.
     """
     tally = Tally()
     for batch in batches:
-        for row in batch.split(1):
+        for row in known_ids(original, batch).split(1):
             theirs, ours = (ask(model, row.to(model.device))[0] for model in (original, converted))
             tally.add(theirs, ours, row[0, 1:].to(original.device))
             if on_tokens:

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from mha2mla.families import attention_layers
 from mha2mla.target import rotate_positions, slides
+from mha2mla.token_ids import known_ids
 
 
 class Passed(NamedTuple):
@@ -45,8 +46,8 @@ def states_into(module: Any, run: Callable[[], Any]) -> torch.Tensor:
 
 
 def embed(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """What the first layer of a decoder gets for input_ids [B, S]."""
-    return states_into(model.layers[0], lambda: model(input_ids=ids, use_cache=False))
+    """What the first layer of a decoder gets for input_ids [B, S]; ValueError for tokens that it does not embed."""
+    return states_into(model.layers[0], lambda: model(input_ids=known_ids(model, ids), use_cache=False))
 
 
 def surroundings(model: Any, index: int, states: torch.Tensor) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from mha2mla import quantization
 from mha2mla.families import latent_layers
 from mha2mla.quantization import Coded, Range
+from mha2mla.token_ids import known_ids
 
 CHUNK = 2048  # tokens that are coded at once: it takes many times the memory of their codes
 STEP = 256  # tokens that a buffer grows by: a decoded token writes itself and copies nothing
@@ -351,7 +352,7 @@ def calibrate_ranges(
         if seen >= tokens:
             break
         cache = DynamicCache()
-        model.base_model(input_ids=batch.to(model.device), past_key_values=cache, use_cache=True)
+        model.base_model(input_ids=known_ids(model, batch).to(model.device), past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers
         for slots, layer in zip(found, layers, strict=True):
             rope = layer.values[..., : model.config.rope_dim]  # without the scales of normed keys, which stay whole

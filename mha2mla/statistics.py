@@ -12,6 +12,7 @@ import torch
 from mha2mla.families import attention_layers, geometry_of
 from mha2mla.options import Geometry
 from mha2mla.projections import query_and_key
+from mha2mla.token_ids import known_ids
 
 
 @dataclass
@@ -79,7 +80,7 @@ def collect_statistics(
 
     batches: tensors of input_ids [B, S], or mappings with `input_ids` and, for padded text, `attention_mask`
     [B, S] (0 marks padding, which is not counted). `on_tokens` is told how many tokens each batch had.
-    Raises ValueError if there is not a single token.
+    Raises ValueError if there is not a single token, or one that the model does not embed.
     """
     geometry = geometry_of(model.config)
     layers = attention_layers(model)
@@ -104,7 +105,7 @@ def collect_statistics(
         for batch in batches:
             batch = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
             ids, mask = batch["input_ids"], batch.get("attention_mask")
-            mask = torch.ones_like(ids) if mask is None else mask
+            ids, mask = known_ids(model, ids, mask), torch.ones_like(ids) if mask is None else mask
             kept[0] = mask.flatten().bool().to(device)
             found = int(kept[0].sum())
             model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)

@@ -1,6 +1,8 @@
 """A document or prompt begins as its tokenizer begins it and never ends with what that appends; ids are the model's."""
 
 import json
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +20,13 @@ from data.converse import converse
 from data.sample import sample
 from data.tokens import added_ids, begun_ids, check_ids, plain_ids
 from data.workers import encode
+from eval import positions
 from eval.prompts import Prompter
 from eval.tasks import builtin_tasks
 from tests.data.corpora import documents, local, make_config, write_jsonl
 from tests.data.test_converse import chat_model
 from train.convert import run as run_convert
+from train.finetune import text_rows
 
 SPECIAL = ["<unk>", "<s>", "</s>", "[CLS]", "[SEP]"]
 WORDS = [f"w{number}" for number in range(100)]
@@ -134,6 +138,24 @@ def test_no_text_with_them_is_sampled_or_calibrated_on(tmp_path: Path, end: str)
         config.launch.streamed = type(config.launch.streamed)(streamed)
         with pytest.raises(ValueError, match=r"data.*: token \d+ .*not among the 150 that the model embeds"):
             run_convert.__wrapped__(config)  # type: ignore[attr-defined]
+
+
+def test_no_perplexity_is_measured_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither along a training nor by position; the option that holds them is named."""
+    config = make_config(tmp_path, {"a": local(write_jsonl(tmp_path / "a.jsonl", documents(9, shortest=70)))})
+    folder = Path(with_model(config, 150).model.path)
+    file = tmp_path / "text.txt"
+    file.write_text("w1 w2 w180 " * 99)
+    config.eval.perplexity_text, config.eval.perplexity_sequence_length = str(file), 32
+    with pytest.raises(ValueError, match=r"eval.perplexity_text=.*text.txt: token 181 \('w180'\)"):
+        text_rows(config, folder)
+    words = [f"original={folder}", "--files", str(tmp_path / "a.jsonl"), "--length", "64", "--documents", "2"]
+    monkeypatch.setattr(sys, "argv", ["positions", *words, "--output", str(tmp_path / "found")])
+    with pytest.raises(SystemExit):
+        positions.main()
+    assert re.search(r"error: --files for .*model: token \d+ ", capsys.readouterr().err)
 
 
 def test_rows_of_an_embedding_that_no_token_names_do_no_harm(tmp_path: Path) -> None:

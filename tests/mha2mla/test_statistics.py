@@ -1,8 +1,9 @@
 """Streamed statistics equal those of all activations at once, whatever the batches; padding is not counted."""
 
+import pytest
 import torch
 
-from mha2mla import collect_statistics
+from mha2mla import ConversionOptions, calibrate_ranges, collect_statistics, convert, reconstruct
 from mha2mla.compare import compare
 from tests.tiny import relative, tiny_model, tokens
 
@@ -34,6 +35,27 @@ def test_padding_is_not_counted() -> None:
     assert masked.tokens == plain.tokens
     assert relative(masked.layers[1].input_moment, plain.layers[1].input_moment) < 1e-5
     assert relative(blind.layers[1].input_moment, plain.layers[1].input_moment) > 1e-2
+
+
+def test_padding_may_be_any_number_and_text_may_not() -> None:
+    """Tokenizers pad with tokens that a model does not embed, and add tokens that it does not know."""
+    model, ids = tiny_model(), tokens(2, 16)
+    options = ConversionOptions(rope_dim=8, kv_lora_rank=8)
+    converted, _ = convert(model, options)
+    mask = torch.cat((torch.ones_like(ids), torch.zeros_like(ids)), dim=1)
+    plain = collect_statistics(model, [ids])
+    for pad in (96, 10**6, -1):
+        padded = torch.cat((ids, torch.full_like(ids, pad)), dim=1)
+        masked = collect_statistics(model, [{"input_ids": padded, "attention_mask": mask}])
+        assert relative(masked.layers[1].input_moment, plain.layers[1].input_moment) < 1e-5
+        for run in (
+            lambda text: collect_statistics(model, [text]),
+            lambda text: compare(model, converted, [text]),
+            lambda text: reconstruct(model, converted, [text], 1),
+            lambda text: calibrate_ranges(converted, [text], 8, 8),
+        ):
+            with pytest.raises(ValueError, match=rf"token id {pad} is outside 0\.\.95"):
+                run(padded)
 
 
 def test_hooks_are_gone_afterwards() -> None:

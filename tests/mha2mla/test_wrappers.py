@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import StaticCache
 
+from mha2mla import QuantizedLatentCache
 from mha2mla.families import latent_layers
 from mha2mla.modeling.attention_mla import MLAAttention
 from tests.mha2mla.test_decode import TOLERANCE, converted, step_by_step
@@ -108,6 +109,8 @@ def check_decoding(model: Any, ids: torch.Tensor) -> None:
         assert relative(got, logits(model, ids)) < TOLERANCE
     options = {"attention_mask": MASK, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     said = model.generate(input_ids=ids, **options)
+    kept = QuantizedLatentCache(model.config, 8, 8, residual_length=64)
+    assert torch.equal(said, model.generate(input_ids=ids, **options, past_key_values=kept))
     assert torch.equal(said, model.generate(input_ids=ids, **options, use_cache=False))
 
 
