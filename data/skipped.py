@@ -69,7 +69,7 @@ class FileRows:
 
 
 def tell(what: str, skipped: dict[str, Skipped]) -> None:
-    """Print which sources had bad rows."""
+    """Print what was skipped of sources that had bad rows."""
     for name, found in skipped.items():
         if found.bad_rows:
-            print(f"{what}: data.sources.{name}: skipped {found}", flush=True)
+            print(f"{what}: {name}: skipped {found}", flush=True)
