@@ -130,6 +130,8 @@ class Text:
                 if self.cut_off(error) and self.more():
                     continue
                 raise ValueError(f"row {number} is not JSON: {error.msg}") from None
+            except RecursionError:
+                raise ValueError(f"row {number} is nested too deep") from None
             if end < len(self.held) or not self.more():  # else what was read may be half a number
                 spelling, self.at = self.held[self.at : end], end
                 return value, spelling

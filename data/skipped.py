@@ -64,7 +64,7 @@ class FileRows:
         rows = self.good + self.bad
         if self.bad > min(rows // 2, max(FEW, SHARE * rows)):
             raise ValueError(
-                f"{self.first} (bad are {self.bad:,} of {rows:,} rows; up to {FEW}, or {SHARE:.0%}, would be skipped)"
+                f"{self.first} ({self.bad:,} of {rows:,} rows are bad; up to {FEW}, or {SHARE:.0%}, would be skipped)"
             )
 
 

@@ -141,7 +141,7 @@ def test_how_many_bad_rows_are_too_many(good: int, bad: int, refused: bool) -> N
         rows.leave_bad(number, "is bad")
     rows.good = good
     if refused:
-        with pytest.raises(ValueError, match=f"row 0: is bad .bad are {bad} of {good + bad:,} rows"):
+        with pytest.raises(ValueError, match=f"row 0: is bad .{bad} of {good + bad:,} rows are bad"):
             rows.close()
     else:
         rows.close()
@@ -185,6 +185,7 @@ def test_arrangements_of_json_in_encodings(
         (json.dumps(ROWS)[:-9], "row 5 is not JSON"),
         (json.dumps(ROWS) * 2, "goes on behind its array of 5 rows"),
         ('[{"text": "x"} {"text": "y"]', "row 2 is not JSON"),
+        ('[{"text": ' + "[" * 100_000, "row 1 is nested too deep"),
         (json.dumps({"data": ROWS}), "text_column=text: .*a.json has no such column; it has data"),
         (json.dumps({"data": ROWS}, indent=1), "text_column=text: .*a.json has no such column; it has data"),
     ],
@@ -209,6 +210,12 @@ def test_compression_is_read_off_the_file(tmp_path: Path) -> None:
     assert read(tmp_path, "a.jsonl.gz", gzip.compress(GOOD) * 3) == (["good"] * 3, Skipped())  # in three members
     [part] = list_parts("c", local(tmp_path), 0)
     assert part.size is None
+
+
+def test_pointers_of_git_lfs_are_no_text(tmp_path: Path) -> None:
+    for name in ("a.txt", "a.jsonl", "a.parquet"):
+        with pytest.raises(ValueError, match=f"cannot read .*{name}: is a pointer of Git LFS"):
+            read(tmp_path, name, b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
 
 
 def test_files_with_names_that_mean_something_elsewhere(tmp_path: Path) -> None:
