@@ -116,7 +116,7 @@ def batches(
     streams = {name: rows(each, tokenizer, wanted, split, length, end) for name, each in texts.items()}
     with Progress(what, count, "sequences") as progress:
         found = [progress.passed(row, 1) for row in islice(by_weight(streams, sources), count)]
-    tell(what, skipped)
+    tell(what, {f"data.sources.{name}": each for name, each in skipped.items()})
     if len(found) < count:
         raise ValueError(
             f"too little {what}: {len(found)} sequences of {length} tokens found, {count} wanted; "

@@ -26,6 +26,7 @@ MARKS = {  # the longer ones first: that of UTF-16 begins one of UTF-32
     codecs.BOM_UTF8: "utf-8-sig",
 }
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
+POINTER = b"version https://git-lfs.github.com/spec/"
 READ_ERRORS = (
     OSError,
     EOFError,
@@ -57,6 +58,8 @@ def opened(file: str) -> Iterator[io.BufferedReader]:
     """The bytes of a file, decompressed as they are read; one of READ_ERRORS where they are damaged."""
     with ExitStack() as stack:
         raw = stack.enter_context(buffered(at_hand(file)))
+        if raw.peek(64).startswith(POINTER):
+            raise ValueError("is a pointer of Git LFS in the place of the file: fetch it with `git lfs pull`")
         kind = compression(raw.peek(8))
         plain: Any = raw
         if kind == "xz":

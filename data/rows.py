@@ -9,6 +9,7 @@ arrangements are told apart by how they begin: a row a line, an array, rows spel
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, TextIO
@@ -50,22 +51,22 @@ def json_rows(file: str, column: str) -> Iterator[Row]:
 def whole_rows(stream: TextIO) -> Iterator[Spelled]:
     """Rows of JSON with all their fields, in whatever arrangement."""
     head = stream.read(HEAD)
-    start = head.lstrip()
-    if start.startswith("[") or unfinished(start):
+    if is_spelled_out(head.lstrip()):
         return spelled_out(Text(stream, head))
     return row_a_line(chain(io.StringIO(head + stream.readline(), newline="\n"), stream))
 
 
-def unfinished(text: str) -> bool:
-    """Whether the first line is an object that goes on in the next."""
-    line, more, _ = text.partition("\n")
+def is_spelled_out(start: str) -> bool:
+    """Whether a file that starts so is an array of objects, or has an object that goes on in the next line."""
+    line, _, behind = start.partition("\n")
+    is_array = re.match(r"\[\s*[{\]]", start) is not None
     try:
         DECODER.decode(line)
     except json.JSONDecodeError as error:
-        return bool(more) and line.startswith("{") and error.pos >= len(line.rstrip())
+        return is_array or (bool(behind) and line.startswith("{") and error.pos >= len(line.rstrip()))
     except (ValueError, RecursionError):
-        pass
-    return False
+        return is_array
+    return is_array and not behind.strip()
 
 
 def row_a_line(lines: Iterable[str]) -> Iterator[Spelled]:
@@ -129,6 +130,8 @@ class Text:
                 if self.cut_off(error) and self.more():
                     continue
                 raise ValueError(f"row {number} is not JSON: {error.msg}") from None
+            except RecursionError:
+                raise ValueError(f"row {number} is nested too deep") from None
             if end < len(self.held) or not self.more():  # else what was read may be half a number
                 spelling, self.at = self.held[self.at : end], end
                 return value, spelling

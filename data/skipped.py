@@ -64,12 +64,12 @@ class FileRows:
         rows = self.good + self.bad
         if self.bad > min(rows // 2, max(FEW, SHARE * rows)):
             raise ValueError(
-                f"{self.first} (bad are {self.bad:,} of {rows:,} rows; up to {FEW}, or {SHARE:.0%}, would be skipped)"
+                f"{self.first} ({self.bad:,} of {rows:,} rows are bad; up to {FEW}, or {SHARE:.0%}, would be skipped)"
             )
 
 
 def tell(what: str, skipped: dict[str, Skipped]) -> None:
-    """Print which sources had bad rows."""
+    """Print what was skipped of sources that had bad rows."""
     for name, found in skipped.items():
         if found.bad_rows:
-            print(f"{what}: data.sources.{name}: skipped {found}", flush=True)
+            print(f"{what}: {name}: skipped {found}", flush=True)

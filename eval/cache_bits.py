@@ -28,6 +28,7 @@ from conf.precision import Dtype, torch_dtype
 from conf.progress import counted
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
+from data.skipped import Skipped, tell
 from data.sources import list_parts, read_texts
 from data.tokens import check_ids, plain_ids
 from data.windows import text_windows
@@ -103,12 +104,14 @@ def bytes_a_token(cache: Cache) -> tuple[float, int]:
 def calibration_text(files: list[str], tokenizer: Any, length: int, tokens: int) -> list[torch.Tensor]:
     """Sequences [1, length] of the first documents that are so long; ValueError if they are too few."""
     found: list[torch.Tensor] = []
+    skipped = Skipped()
     for part in list_parts("--calibrate", SourceConfig(data_files=files), 0):
-        for text in read_texts(part):
+        for text in read_texts(part, skipped):
             ids = plain_ids(tokenizer, text[: 8 * length])
             if len(ids) >= length:
                 found.append(torch.tensor(ids[:length])[None])
             if len(found) * length >= tokens:
+                tell("cache_bits", {"--calibrate": skipped})
                 return found
     raise ValueError(f"--calibrate: {len(found)} documents of {length} tokens found, {tokens // length} needed")
 

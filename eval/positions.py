@@ -21,6 +21,7 @@ from conf.precision import computes_bfloat16, native_autocast
 from conf.progress import counted
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
+from data.skipped import Skipped, tell
 from data.sources import list_parts, read_texts
 from data.tokens import check_ids, plain_ids
 from eval.arguments import named_checkpoints
@@ -32,7 +33,8 @@ SHORTEST = 256  # tokens of the first range
 
 def long_documents(files: list[str], tokenizer: Any, length: int, count: int) -> list[torch.Tensor]:
     """int64 [length] of the first documents, file by file in turn, that have so many tokens; ValueError if too few."""
-    streams = [texts(file) for file in files]
+    skipped = {file: Skipped() for file in files}
+    streams = [texts(file, skipped[file]) for file in files]
     found: list[torch.Tensor] = []
     while streams and len(found) < count:
         stream = streams.pop(0)
@@ -44,12 +46,13 @@ def long_documents(files: list[str], tokenizer: Any, length: int, count: int) ->
                 break
     if len(found) < count:
         raise ValueError(f"{len(found)} documents of {length} tokens found, {count} wanted; give more --files")
+    tell("positions", skipped)
     return found
 
 
-def texts(file: str) -> Iterator[str]:
+def texts(file: str, skipped: Skipped) -> Iterator[str]:
     for part in list_parts("files", SourceConfig(data_files=[file]), 0):
-        yield from read_texts(part)
+        yield from read_texts(part, skipped)
 
 
 def ranges(length: int) -> list[tuple[int, int]]:
