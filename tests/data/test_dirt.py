@@ -208,8 +208,13 @@ def test_compression_is_read_off_the_file(tmp_path: Path) -> None:
     assert read(tmp_path, "a.jsonl", gzip.compress(GOOD * 3)) == (["good"] * 3, Skipped())
     assert read(tmp_path, "a.jsonl.gz", GOOD * 3) == (["good"] * 3, Skipped())
     assert read(tmp_path, "a.jsonl.gz", gzip.compress(GOOD) * 3) == (["good"] * 3, Skipped())  # in three members
-    [part] = list_parts("c", local(tmp_path), 0)
-    assert part.size is None
+    for ending, pack in COMPRESS.items():
+        for rows in (b"", GOOD * 3):
+            assert read(tmp_path, "b.jsonl", pack(rows))[0] == ["good"] * (len(rows) // len(GOOD)), ending
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"  # as `pzstd` begins its files
+    assert read(tmp_path, "b.jsonl.zst", (skippable + COMPRESS[".zst"](GOOD)) * 2) == (["good"] * 2, Skipped())
+    assert read(tmp_path, "b.txt", b"BZh is how they begin") == (["BZh is how they begin"], Skipped())
+    assert {part.size is None for part in list_parts("c", local(tmp_path / "a*"), 0)} == {True}
 
 
 def test_pointers_of_git_lfs_are_no_text(tmp_path: Path) -> None:
