@@ -138,7 +138,7 @@ def test_what_does_no_harm(tmp_path: Path, row: bytes) -> None:
 def test_how_many_bad_rows_are_too_many(good: int, bad: int, refused: bool) -> None:
     rows = FileRows("a", Skipped())
     for number in range(bad):
-        rows.leave_bad(number, "is bad")
+        rows.leave_bad(f"row {number}: is bad")
     rows.good = good
     if refused:
         with pytest.raises(ValueError, match=f"row 0: is bad .{bad} of {good + bad:,} rows are bad"):
@@ -151,7 +151,7 @@ def test_a_file_of_another_kind_is_not_read_to_its_end() -> None:
     rows = FileRows("a", Skipped())
     with pytest.raises(ValueError, match=f"{EARLY} of {EARLY} rows"):
         for number in range(10 * EARLY):
-            rows.leave_bad(number, "is bad")
+            rows.leave_bad(f"row {number}: is bad")
 
 
 ROWS = [{"text": f"row {n} [{{é", "n": n} for n in range(5)]
