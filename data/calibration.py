@@ -15,9 +15,9 @@ import torch
 
 from conf.progress import Progress
 from conf.schema import Config, SourceConfig, SourceKind
-from data.chats import is_chat
+from data.chats import is_chat, why_refused
 from data.documents import MOST_HELD_OUT, VALIDATION, Split, unit
-from data.skipped import Skipped, tell
+from data.skipped import FileRows, Skipped, tell
 from data.sources import Part, list_parts, read_texts, written_sources
 from data.workers import encode, end_of
 
@@ -113,7 +113,10 @@ def batches(
     texts = {
         name: alternate(list_parts(name, source, config.data.seed), skipped[name]) for name, source in sources.items()
     }
-    streams = {name: rows(each, tokenizer, wanted, split, length, end) for name, each in texts.items()}
+    streams = {
+        name: rows(each, tokenizer, wanted, split, length, end, FileRows("", skipped[name]))
+        for name, each in texts.items()
+    }
     with Progress(what, count, "sequences") as progress:
         found = [progress.passed(row, 1) for row in islice(by_weight(streams, sources), count)]
     tell(what, {f"data.sources.{name}": each for name, each in skipped.items()})
@@ -153,7 +156,13 @@ def alternate(parts: list[Part], skipped: Skipped) -> Iterator[str]:
 
 
 def rows(
-    texts: Iterator[str], tokenizer: Any, wanted: Callable[[bytes], bool], split: Split, length: int, end: int | None
+    texts: Iterator[str],
+    tokenizer: Any,
+    wanted: Callable[[bytes], bool],
+    split: Split,
+    length: int,
+    end: int | None,
+    counted: FileRows,
 ) -> Iterator[list[int]]:
     """Rows of exactly `length` tokens: one of each long document, several short documents to a row."""
     held: list[int] = []
@@ -168,7 +177,12 @@ def rows(
             start = int(unit(key[8:]) * room)
             text = text[start : start + length * CHARACTERS_PER_TOKEN]
         [document] = encode(tokenizer, [text], end)
+        if is_chat(text) and not len(document):
+            counted.leave_bad(why_refused(tokenizer, text))
+        else:
+            counted.good += 1
         held += document[:length].tolist()
         while len(held) >= length:
             yield held[:length]
             held = held[length:]
+    counted.check()

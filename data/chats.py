@@ -112,6 +112,15 @@ def chat_tokens(tokenizer: Any, text: str) -> list[int]:
     return plain_ids(tokenizer, rendered)
 
 
+def why_refused(tokenizer: Any, text: str) -> str:
+    """What is wrong with a conversation that gives no tokens."""
+    try:
+        chat_tokens(tokenizer, text)
+    except ValueError as error:
+        return " ".join(str(error).split())
+    return f"the tokenizer's chat template writes nothing of a conversation: {text[1:300]}"
+
+
 def prompt(tokenizer: Any, messages: list[Message]) -> str:
     """A conversation up to where the model answers."""
     rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from conf.progress import Progress
 from conf.schema import Config, SourceConfig, SourceKind
-from data.chats import is_chat
+from data.chats import is_chat, why_refused
 from data.documents import TRAIN, VALIDATION, Split, train_tokens, whole_sequences
 from data.runs import RunWriter, merge
 from data.skipped import Skipped
@@ -43,7 +43,7 @@ class Source:
 class Drawn:
     """One side of the sample: sorted runs of its documents' tokens, what each source gave, and which fell short.
 
-    `skipped` is what reading a source left out, for both sides together.
+    `skipped` is what was left out of a source: in reading, for both sides together, and of this side's conversations.
     """
 
     runs: list[str]
@@ -74,7 +74,10 @@ def open_sources(config: Config, tokenizer: Any) -> list[Source]:
             files = sum(len(part.files) for part in parts)
             why = f" ({skipped})" if str(skipped) else ""
             raise ValueError(f"data.sources.{name} is empty: no text in {files} files{why}")
-        ratio = sum(map(len, sample)) / max(1, sum(map(len, encode(tokenizer, sample, None))))
+        tokens = sum(map(len, encode(tokenizer, sample, None)))
+        if not tokens and is_chat(sample[0]):
+            raise ValueError(f"data.sources.{name}: {why_refused(tokenizer, sample[0])}")
+        ratio = sum(map(len, sample)) / max(1, tokens)
         split = split_of(config, config.data.sources[name])
         sources.append(Source(name, source.weight, parts, ratio, source.kind is SourceKind.local, split))
     # Files that are not compressed hold at most a token a byte.
@@ -160,7 +163,8 @@ class Taker:
         taken = take(certain(runs, self.readings), wants, self.workers, writer, progress)
         progress.close()
         short = [i for i, want in enumerate(wants) if taken[i].tokens < want]
-        return Drawn(writer.close(), taken, short, [reading.skipped for reading in self.readings])
+        skipped = [Skipped.sum(read.skipped, each.skipped) for read, each in zip(self.readings, taken, strict=True)]
+        return Drawn(writer.close(), taken, short, skipped)
 
     def take_held_out(self, wants: list[int], weights: list[float]) -> Drawn:
         """A source with too few held-out documents gives what it has, and the others make up for it."""

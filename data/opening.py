@@ -9,6 +9,7 @@ import codecs
 import io
 import lzma
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,7 +26,12 @@ MARKS = {  # the longer ones first: that of UTF-16 begins one of UTF-32
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8-sig",
 }
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
+COMPRESSED = {  # how a file begins; a text may begin with BZh, and parallel zstd with a frame to be skipped
+    "gzip": rb"\x1f\x8b\x08",
+    "bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
+    "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
+    "xz": rb"\xfd7zXZ\x00",
+}
 POINTER = b"version https://git-lfs.github.com/spec/"
 READ_ERRORS = (
     OSError,
@@ -41,14 +47,14 @@ READ_ERRORS = (
 
 
 def compression(head: bytes) -> str | None:
-    return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
+    return next((name for name, magic in COMPRESSED.items() if re.match(magic, head)), None)
 
 
 def is_compressed(path: str) -> bool:
     """Whether a file on disk is; ValueError where it may not be read."""
     try:
         with open(path, "rb") as file:
-            return compression(file.read(8)) is not None
+            return compression(file.read(16)) is not None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from None
 
@@ -60,7 +66,7 @@ def opened(file: str) -> Iterator[io.BufferedReader]:
         raw = stack.enter_context(buffered(at_hand(file)))
         if raw.peek(64).startswith(POINTER):
             raise ValueError("is a pointer of Git LFS in the place of the file: fetch it with `git lfs pull`")
-        kind = compression(raw.peek(8))
+        kind = compression(raw.peek(16))
         plain: Any = raw
         if kind == "xz":
             plain = stack.enter_context(lzma.open(raw))

@@ -122,7 +122,7 @@ def describe(config: Config, sources: list[Source], drawn: dict[str, Drawn], tok
             "documents": drawn[TRAIN].taken[i].documents,
             "validation_tokens": drawn[VALIDATION].taken[i].tokens,
             "validation_documents": drawn[VALIDATION].taken[i].documents,
-            "skipped": asdict(drawn[TRAIN].skipped[i]),
+            "skipped": asdict(Skipped.sum(drawn[TRAIN].skipped[i], drawn[VALIDATION].taken[i].skipped)),
         }
         for i, source in enumerate(sources)
     }

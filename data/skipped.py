@@ -26,6 +26,13 @@ class Skipped:
         self.empty_files += other.empty_files
         self.first_bad = self.first_bad or other.first_bad
 
+    @classmethod
+    def sum(cls, *parts: "Skipped") -> "Skipped":
+        total = cls()
+        for part in parts:
+            total.add(part)
+        return total
+
     def __str__(self) -> str:
         counts = (
             (self.bad_rows, "bad row", f" (the first: {self.first_bad})"),
@@ -36,7 +43,10 @@ class Skipped:
 
 
 class FileRows:
-    """Rows of one file, counted as they are read; what is left out is counted in `skipped` too."""
+    """Rows of one file, counted as they are read; what is left out is counted in `skipped` too.
+
+    Also conversations as they become tokens, which a chat template may refuse; they are of no `file` any more.
+    """
 
     def __init__(self, file: str, skipped: Skipped):
         self.file, self.skipped = file, skipped
@@ -46,12 +56,13 @@ class FileRows:
         self.empty += 1
         self.skipped.empty_rows += 1
 
-    def leave_bad(self, number: int, reason: object) -> None:
-        """ValueError from the EARLY-th on where they are too many."""
+    def leave_bad(self, reason: str) -> None:
+        """ValueError from the EARLY-th on where they are too many. `reason` says which row it is."""
         self.bad += 1
         self.skipped.bad_rows += 1
-        self.first = self.first or f"row {number:,}: {reason}"
-        self.skipped.first_bad = self.skipped.first_bad or f"{self.file}, {self.first}"
+        self.first = self.first or reason
+        place = f"{self.file}, " if self.file else ""
+        self.skipped.first_bad = self.skipped.first_bad or f"{place}{self.first}"
         if self.bad >= EARLY:
             self.check()
 

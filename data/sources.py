@@ -231,7 +231,7 @@ def documents(rows: Iterable[Row], take: Callable[[Any], str | None], counted: F
                 raise value
             text = take(value)
         except ValueError as error:
-            counted.leave_bad(number, error)
+            counted.leave_bad(f"row {number:,}: {error}")
             continue
         if text is None:
             counted.leave_empty()

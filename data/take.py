@@ -7,13 +7,14 @@ if it is no conversation.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from conf.progress import Progress
-from data.chats import is_chat
+from data.chats import is_chat, why_refused
 from data.documents import shuffled_key
 from data.runs import Record, RunWriter
+from data.skipped import FileRows, Skipped
 from data.workers import Workers
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 1024  # per call of the tokenizer
@@ -21,8 +22,11 @@ BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 1024  # per call of the tokenizer
 
 @dataclass
 class Taken:
+    """Of one source. `skipped`: conversations that the chat template refuses."""
+
     tokens: int = 0
     documents: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 def allot(total: int, weights: list[float]) -> list[int]:
@@ -38,8 +42,12 @@ def allot(total: int, weights: list[float]) -> list[int]:
 def take(
     records: Iterable[Record], wants: list[int], workers: Workers, writer: RunWriter, progress: Progress
 ) -> list[Taken]:
-    """Tokenise records (sorted by key) and write the tokens of those taken; what each source reached."""
+    """Tokenise records (sorted by key) and write the tokens of those taken; what each source reached.
+
+    ValueError where the chat template refuses more than a few conversations (data/skipped.py).
+    """
     taken = [Taken() for _ in wants]
+    counted = [FileRows("", each.skipped) for each in taken]
     groups: deque[list[tuple[bytes, list[int], str]]] = deque()
 
     def wanting(source: int) -> bool:
@@ -74,5 +82,10 @@ def take(
                 writer.add(Record(shuffled_key(key), source, kept.tobytes()))
                 taken[source].tokens += len(kept)
                 taken[source].documents += 1
+                counted[source].good += 1
                 progress.advance(len(kept))
+            elif source is not None and is_chat(text):
+                counted[source].leave_bad(why_refused(workers.tokenizer, text))
+    for each in counted:
+        each.check()
     return taken

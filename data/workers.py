@@ -94,11 +94,19 @@ def encode(tokenizer: Any, texts: list[str], end: int | None) -> list[np.ndarray
     """Tokens of whole documents: as the tokenizer begins them (some with bos), and ended by `end` if there is one.
 
     Special tokens that are spelled out in a text stay text, or documentation about tokenizers would end documents.
-    Conversations are as the chat template writes them.
+    Conversations are as the chat template writes them, without tokens where it refuses one (`why_refused`).
     """
     plain = begun_ids(tokenizer, [text for text in texts if not is_chat(text)], split_special_tokens=True)
     rows = iter(plain if end is None else [[*row, end] for row in plain])
-    return [np.asarray(chat_tokens(tokenizer, text) if is_chat(text) else next(rows), dtype=np.int32) for text in texts]
+    written = [chat_row(tokenizer, text) if is_chat(text) else next(rows) for text in texts]
+    return [np.asarray(row, dtype=np.int32) for row in written]
+
+
+def chat_row(tokenizer: Any, text: str) -> list[int]:
+    try:
+        return chat_tokens(tokenizer, text)
+    except ValueError:  # one of many: those who count the documents count it
+        return []
 
 
 # One tokenizer per worker process: sending it with every batch would cost more than tokenising.

@@ -147,3 +147,30 @@ def test_what_cannot_hold_or_write_conversations(tmp_path: Path) -> None:
             sample(config)
     with pytest.raises(ValueError, match="text_column and messages_column are both given"):
         SourceConfig(data_files=["a"], text_column="body", messages_column="messages").check("data.sources.a")
+
+
+def test_a_conversation_that_the_template_refuses_is_skipped_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = documents(1800, 1, 5, 10)
+    chats = [chat(question, answer) for question, answer in zip(words[::2], words[1::2], strict=True)]
+    wrong = [{"role": "w9", "content": f"w5 w{n}"} for n in range(8)]
+    template = "{% if messages[0].role == 'w9' %}{{ raise_exception('begin with w0') }}{% endif %}" + TEMPLATE
+    for count in (2, 900):
+        each = [[wrong[n % 8], {"role": "w1", "content": f"w{n}"}] for n in range(count)]
+        source = write_chats(tmp_path / "a.jsonl", each + chats)
+        config = make_config(tmp_path, {"talk": source}, name=f"{count}", tokens=12_800)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(config.model.path)
+        if count > 2:
+            with pytest.raises(ValueError, match="refuses a conversation .begin with w0.*w9"):
+                sample(config)
+            with pytest.raises(ValueError, match="refuses a conversation .begin with w0.*of .* rows are bad"):
+                calibration_batches(config, tokenizer, tokens=10_000, sequence_length=64)
+        else:
+            sample(config)
+            manifest = json.loads((Plan(config).sample.folder / "manifest.json").read_text())
+            found = manifest["sources"]["talk"]["skipped"]
+            assert 0 < found["bad_rows"] <= 2 and "begin with w0" in found["first_bad"]
+            assert "begin with w0" in capsys.readouterr().out

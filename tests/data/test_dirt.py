@@ -138,7 +138,7 @@ def test_what_does_no_harm(tmp_path: Path, row: bytes) -> None:
 def test_how_many_bad_rows_are_too_many(good: int, bad: int, refused: bool) -> None:
     rows = FileRows("a", Skipped())
     for number in range(bad):
-        rows.leave_bad(number, "is bad")
+        rows.leave_bad(f"row {number}: is bad")
     rows.good = good
     if refused:
         with pytest.raises(ValueError, match=f"row 0: is bad .{bad} of {good + bad:,} rows are bad"):
@@ -151,7 +151,7 @@ def test_a_file_of_another_kind_is_not_read_to_its_end() -> None:
     rows = FileRows("a", Skipped())
     with pytest.raises(ValueError, match=f"{EARLY} of {EARLY} rows"):
         for number in range(10 * EARLY):
-            rows.leave_bad(number, "is bad")
+            rows.leave_bad(f"row {number}: is bad")
 
 
 ROWS = [{"text": f"row {n} [{{é", "n": n} for n in range(5)]
@@ -208,8 +208,13 @@ def test_compression_is_read_off_the_file(tmp_path: Path) -> None:
     assert read(tmp_path, "a.jsonl", gzip.compress(GOOD * 3)) == (["good"] * 3, Skipped())
     assert read(tmp_path, "a.jsonl.gz", GOOD * 3) == (["good"] * 3, Skipped())
     assert read(tmp_path, "a.jsonl.gz", gzip.compress(GOOD) * 3) == (["good"] * 3, Skipped())  # in three members
-    [part] = list_parts("c", local(tmp_path), 0)
-    assert part.size is None
+    for ending, pack in COMPRESS.items():
+        for rows in (b"", GOOD * 3):
+            assert read(tmp_path, "b.jsonl", pack(rows))[0] == ["good"] * (len(rows) // len(GOOD)), ending
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"  # as `pzstd` begins its files
+    assert read(tmp_path, "b.jsonl.zst", (skippable + COMPRESS[".zst"](GOOD)) * 2) == (["good"] * 2, Skipped())
+    assert read(tmp_path, "b.txt", b"BZh is how they begin") == (["BZh is how they begin"], Skipped())
+    assert {part.size is None for part in list_parts("c", local(tmp_path / "a*"), 0)} == {True}
 
 
 def test_pointers_of_git_lfs_are_no_text(tmp_path: Path) -> None:
