@@ -62,13 +62,9 @@ def sample(config: Config) -> None:
 
 
 def load_tokenizer(config: Config) -> Any:
-    from transformers import AutoTokenizer
+    from conf import pretrained
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(local_model(config), revision=config.model.revision)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the tokenizer of model.path={config.model.path} cannot be loaded: {reason}") from error
+    tokenizer = pretrained.load_tokenizer(local_model(config), config.model.revision)
     end_of(tokenizer, config.data.document_end)
     return tokenizer
 

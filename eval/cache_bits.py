@@ -21,9 +21,11 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, QuantizedCache
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, QuantizedCache
 
+from conf.errors import ends_in_one_line
 from conf.precision import Dtype, torch_dtype
+from conf.pretrained import load_tokenizer
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
@@ -168,6 +170,7 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
+@ends_in_one_line()
 def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,7 +193,7 @@ def main() -> None:
     model.to(device).eval()
     if not hasattr(model.config, "kv_lora_rank"):
         parser.exit(1, f"error: {options.model} is not a converted model: it has no latent to keep in few bits\n")
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     print("bits  rope  ranges               bytes a token      cut perplexity    change")
     try:
         windows = torch.stack(text_windows(tokenizer, options.text, options.length, options.tokens))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from conf.evaluation import ChatTemplate
 from conf.precision import torch_dtype
+from conf.pretrained import load_config, load_generation_config, load_tokenizer
 from conf.schema import Config
 from data.windows import text_windows
 from eval.benchmarks import Benchmarks
@@ -63,8 +63,8 @@ def prepare(config: Config, model: str, sampled: Path, device: str) -> Inputs:
     one they run on.
     """
     options, revision = config.eval, config.model.revision
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-    original = AutoConfig.from_pretrained(model, revision=revision)
+    tokenizer = load_tokenizer(model, revision)
+    original = load_config(model, revision)
     wraps = options.chat_template is ChatTemplate.on
     wraps = wraps or (options.chat_template is ChatTemplate.auto and bool(tokenizer.chat_template))
     prompter = Prompter(tokenizer, window_of(original), options.max_length, wraps)
@@ -99,10 +99,7 @@ def window_of(config: Any) -> int:
 
 def stops_of(tokenizer: Any, model: str, revision: str | None) -> Stops:
     """The end tokens of the tokenizer and of the checkpoint's generation settings."""
-    try:
-        stored = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
-    except OSError:
-        stored = None
+    stored = getattr(load_generation_config(model, revision), "eos_token_id", None)
     stored = stored if isinstance(stored, list) else [stored]
     ends = sorted({token for token in [tokenizer.eos_token_id, *stored] if token is not None})
     pad = next((token for token in [tokenizer.pad_token_id, *ends] if token is not None), 0)

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 import transformers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import mha2mla  # noqa: F401  registers the classes of converted models
+from conf.errors import ends_in_one_line
 from conf.precision import native_autocast
+from conf.pretrained import load_tokenizer
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
 from data.sources import list_parts, read_texts
@@ -105,6 +107,7 @@ def draw(rows: dict[str, list[float]], places: list[tuple[int, int]], file: Path
     save(figure, file)
 
 
+@ends_in_one_line()
 def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         models = named_checkpoints(options.models)
-        tokenizer = AutoTokenizer.from_pretrained(next(iter(models.values())))
+        tokenizer = load_tokenizer(next(iter(models.values())))
         documents = long_documents(options.files, tokenizer, options.length, options.documents)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")

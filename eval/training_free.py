@@ -18,12 +18,13 @@ import hydra
 import torch
 import transformers
 from omegaconf import DictConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import plain, write_result
 from conf.precision import native_autocast
+from conf.pretrained import load_tokenizer
 from conf.schema import Config, StudyConfig, StudyPoint
 from conf.stage import fingerprint, provenance
 from data.calibration import calibration_batches
@@ -48,7 +49,7 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
         raise ValueError(f"study.text={study.text}: give a plain text file to measure perplexity on")
     source = local_model(config)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     windows = text_windows(tokenizer, Path(study.text), study.sequence_length, study.tokens)
     points = [(name, point, ConversionOptions.from_config(point)) for name, point in chosen_points(study)]
     for _, _, options in points:

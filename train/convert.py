@@ -19,7 +19,6 @@ import transformers
 from huggingface_hub import snapshot_download
 from omegaconf import DictConfig
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
 from conf.checkpoint import NOT_OURS, load_model
 from conf.devices import pick_device
@@ -28,6 +27,7 @@ from conf.memory import peak_memory_gib
 from conf.models import local_model
 from conf.plan import Plan
 from conf.precision import Dtype, native_autocast, torch_dtype
+from conf.pretrained import load_config, load_generation_config, load_tokenizer, skeleton
 from conf.schema import Config, Streamed
 from conf.stage import write_json
 from data.calibration import calibration_batches, heldout_batches
@@ -40,6 +40,7 @@ from mha2mla import (
     resolve_options,
 )
 from mha2mla.compare import Comparison, compare
+from mha2mla.families import family_of
 from mha2mla.reconstruct import LayerFit
 from mha2mla.streaming import PROGRESS, STATE, convert_streamed, forget_progress
 from train.checkpoint import appearing_in
@@ -53,15 +54,10 @@ def pretrained_config(config: Config) -> Any:
     plan = Plan(config)
     if plan.converses:  # calibration reads them
         plan.converse.require_finished()
-    source = local_model(config)
-    try:
-        pretrained = AutoConfig.from_pretrained(source, revision=config.model.revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"model.path={config.model.path} cannot be loaded ({reason}); "
-            "give a hub id such as org/name that this machine can reach, or a local checkpoint folder"
-        ) from error
+    pretrained = load_config(local_model(config), config.model.revision)
+    load_generation_config(local_model(config), config.model.revision)  # read at the end, where an error costs more
+    family_of(pretrained)
+    skeleton(config.model.path, pretrained)
     resolve_options(pretrained, ConversionOptions.from_config(config.mla))
     pick_device(config.launch.device)
     return pretrained
@@ -78,7 +74,7 @@ def load_pretrained(config: Config) -> Any:
 def convert_model(config: Config, folder: Path) -> dict[str, Any]:
     """Convert, measure and save into `folder`; returns the stage's metrics."""
     model = load_pretrained(config)
-    tokenizer = AutoTokenizer.from_pretrained(local_model(config), revision=config.model.revision)
+    tokenizer = load_tokenizer(local_model(config), config.model.revision)
     heldout = list(heldout_batches(config, tokenizer))
     print(f"convert: collecting statistics over {config.calibration.tokens:,} tokens", flush=True)
     # Means over thousands of tokens do not need float32 products; the sums are float32 all the same.
@@ -107,7 +103,7 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
             f"model.dtype={config.model.dtype.value}: layer by layer a checkpoint keeps its dtype; use auto"
         )
     source = checkpoint_folder(config)
-    tokenizer, device = AutoTokenizer.from_pretrained(source), pick_device(config.launch.device)
+    tokenizer, device = load_tokenizer(source), pick_device(config.launch.device)
     calibration, heldout = list(calibration_batches(config, tokenizer)), list(heldout_batches(config, tokenizer))
     print(f"convert: layer by layer from {source}", flush=True)
     options, mla = ConversionOptions.from_config(config.mla), config.mla
@@ -137,8 +133,8 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
 def checkpoint_folder(config: Config) -> Path:
     """The folder of the checkpoint's files, fetched from the hub if need be."""
     source = local_model(config)
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
+    if Path(source).is_dir():
+        return Path(source)
     wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model", "*.txt"]
     return Path(snapshot_download(source, revision=config.model.revision, allow_patterns=wanted))
 
