@@ -6,7 +6,7 @@
 MODEL      ?=
 GPUS       ?=
 ARGS       ?=
-EXPERIMENT ?= $(if $(MODEL),,laptop)
+EXPERIMENT ?= $(if $(value MODEL),,laptop)
 RANKS      ?= 96,48,24
 PYTHON     ?= python3
 
@@ -18,9 +18,11 @@ RUN  := $(VENV)/bin/python -m
 # One thread a process unless told otherwise: tiny models on several threads mostly wait for each other.
 TEST := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -q
 DONE := $(VENV)/.installed
+# An option with the text of a variable, whatever stands in it: make, the shell and Hydra each have a grammar.
+option = "$$($(RUN) conf.words $(1) '$(subst ','\'',$(value $(2)))')"
 OPTIONS := $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) \
-           $(if $(MODEL),model=from_path model.path=$(MODEL)) \
-           $(if $(MODEL),$(if $(filter data=%,$(ARGS)),,data=smollm)) \
+           $(if $(value MODEL),model=from_path $(call option,model.path,MODEL)) \
+           $(if $(value MODEL),$(if $(filter data=%,$(ARGS)),,data=smollm)) \
            $(if $(GPUS),launch.num_processes=$(GPUS) launch.device=cuda) $(ARGS)
 
 .DEFAULT_GOAL := help

@@ -9,6 +9,7 @@ import contextlib
 import fnmatch
 import importlib.util
 import io
+from collections.abc import Collection
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -16,15 +17,24 @@ from typing import Any
 
 import yaml
 
+from conf.checks import home_expanded
+from conf.errors import one_line
 from conf.schema import Config, ModelConfig
 from conf.stage import appearing, fingerprint
 
 PACKAGE = "package:"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+OTHER_KINDS = {  # what else a model comes as, by how a file's name ends
+    "a GGUF file": ".gguf",
+    "an ONNX model": ".onnx",
+    "the format of consolidated weights": "params.json",
+}
 
 
 def package_folder(path: str) -> Path | None:
     """Where the package that `package:NAME` names lies; None if it is not installed. It is not imported."""
-    spec = importlib.util.find_spec(path.removeprefix(PACKAGE))
+    name = path.removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
@@ -73,7 +83,7 @@ def local_model(config: Config) -> str:
     model = config.model
     if not model.path.startswith(PACKAGE):
         check_folder("model.path", model.path)
-        if not Path(model.path).expanduser().is_dir():
+        if not Path(model.path).is_dir():
             ask_hub(model.path, model.revision)
         return model.path
     target = Path(config.output_dir) / "models" / str(model.name)
@@ -83,10 +93,38 @@ def local_model(config: Config) -> str:
 
 
 def check_folder(key: str, path: str) -> None:
-    """ValueError if what looks like a folder is none."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).expanduser().is_dir():
+    """ValueError if what looks like a folder is none, or none of a checkpoint."""
+    folder = Path(home_expanded(key, path))
+    if folder.exists():
+        check_files(f"{key}={path}", folder)
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"{key}={path}: no such folder (a hub id looks like org/name)")
+
+
+def check_files(shown: str, folder: Path) -> None:
+    """ValueError if a folder is that of no checkpoint, or of more than one."""
+    if not folder.is_dir():
+        raise ValueError(f"{shown} is a file; give the folder of a checkpoint, with its {CONFIG} and weights")
+    names = sorted(path.name for path in folder.iterdir())
+    check_names(shown, names)
+    if CONFIG in names:
+        return
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    there = f"but {inside[0]}/ does: give that folder" if inside else f"only {', '.join(names[:4]) or 'nothing'}"
+    others = [kind for kind, ending in OTHER_KINDS.items() if any(name.endswith(ending) for name in names)]
+    remedy = f"; {others[0]} is not read: get the model in transformers' format" if others else ""
+    raise ValueError(f"{shown} holds no {CONFIG}, {there}{remedy}")
+
+
+def check_names(shown: str, names: Collection[str]) -> None:
+    """ValueError if there is an adapter among a checkpoint's files: transformers lays it over the weights unasked."""
+    if ADAPTER in names:
+        whole = CONFIG in names
+        raise ValueError(
+            f"{shown} holds an adapter ({ADAPTER}) {'beside a checkpoint' if whole else 'and no whole model'}: "
+            "merge it first (peft: merge_and_unload, then save_pretrained)"
+            + ("; if the weights are merged already, remove the files adapter_*" if whole else "")
+        )
 
 
 def teacher_config(config: Config) -> Config:
@@ -102,25 +140,29 @@ def ask_hub(path: str, revision: str | None) -> None:
     """One question, before transformers asks for every file of a model with many retries each."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
-        return
     try:
-        HfApi().model_info(path, revision=revision, timeout=20)
+        held = [
+            name for name in (CONFIG, ADAPTER) if isinstance(try_to_load_from_cache(path, name, revision=revision), str)
+        ]
+        if not held and not constants.HF_HUB_OFFLINE:
+            found = HfApi().model_info(path, revision=revision, timeout=20)
+            held = [file.rfilename for file in found.siblings or []]
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"model.path={path} is not to be had from the hub ({reason}); "
+            f"model.path={path} is not to be had from the hub ({one_line(error)}); "
             "give a hub id such as org/name that this machine can reach, or a local checkpoint folder"
         ) from error
+    check_names(f"model.path={path}", held)
 
 
 def unpack_gguf(file: Path, target: Path) -> None:
     """Dequantise a GGUF file into a float32 checkpoint folder, which appears only when complete."""
     import torch
     import transformers
-    from transformers import AutoTokenizer
 
     from conf.checkpoint import NOT_OURS, load_model
+    from conf.pretrained import load_tokenizer
+    from mha2mla.shards import plain_permissions
 
     print(f"unpacking {file.name} into {target} (once)", flush=True)
     transformers.utils.logging.disable_progress_bar()
@@ -131,10 +173,11 @@ def unpack_gguf(file: Path, target: Path) -> None:
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.is_quantized = False
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer = load_tokenizer(folder, gguf_file=name)
     with appearing(target) as folder_of_parts:
         model.save_pretrained(folder_of_parts)
         tokenizer.save_pretrained(folder_of_parts)
+        plain_permissions(folder_of_parts)
 
 
 def pretrain_tokens(config: Config) -> float:

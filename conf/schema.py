@@ -7,12 +7,13 @@ what Hydra composed into these objects and runs the cross-field checks, whose me
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from conf.checks import require
+from conf.checks import home_expanded, require, require_folder_name
 from conf.evaluation import BenchConfig, EvalConfig
 from conf.naming import point_name
 from conf.precision import Dtype
@@ -93,8 +94,14 @@ class ModelConfig:
     pretrain_tokens: float | None = None  # default: looked up in conf/pretrain_tokens.yaml
 
     def __post_init__(self) -> None:
-        if self.path != "???" and not self.name:
-            self.name = self.path.rstrip("/").split(":")[-1].split("/")[-1]
+        if self.path == "???":
+            return
+        require(bool(self.path.strip()), "model.path is empty: give a hub id such as org/name, or a checkpoint folder")
+        self.path = home_expanded("model.path", self.path)
+        if not self.name:
+            last = self.path.rstrip("/").split(":")[-1].split("/")[-1]
+            self.name = last if last not in ("", ".", "..") else Path(self.path).resolve().name
+        require_folder_name("model.name", self.name)
 
 
 @dataclass
@@ -393,8 +400,14 @@ class Config:
     force: bool = False  # run a stage again although it is finished
 
     def __post_init__(self) -> None:
+        self.output_dir = home_expanded("output_dir", self.output_dir)
+        require_folder_name("data.name", self.data.name)
+        require_folder_name("study.name", self.study.name)
         if not self.name:
             self.name = point_name(self.mla)
+        require_folder_name("name", self.name)
+        taken = self.name == "original" or self.name.startswith(("data-", "conversations-"))
+        require(not taken, f"name={self.name} is the name of a folder that all points of a model share; give another")
         tokens, length = self.calibration.tokens, self.calibration.sequence_length
         require(
             not self.mla.reconstruction_steps or tokens > length,

@@ -18,7 +18,6 @@ from typing import Any
 import hydra
 import transformers
 from omegaconf import DictConfig
-from transformers import AutoConfig, AutoTokenizer
 
 from conf.checkpoint import NOT_OURS, load_model
 from conf.devices import pick_device
@@ -26,6 +25,7 @@ from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import Plan
 from conf.precision import Dtype, torch_dtype
+from conf.pretrained import load_config, load_tokenizer
 from conf.progress import Progress
 from conf.schema import Config, SourceKind
 from conf.stage import digest
@@ -48,10 +48,10 @@ def converse(config: Config) -> None:
         return
     print("converse: loading the original, which then talks to itself", flush=True)
     path, revision = local_model(config), config.model.revision
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    tokenizer = load_tokenizer(path, revision)
     require_template(tokenizer, "a source of kind=generated")
     # What conversion refuses is refused before time is spent on talking.
-    resolve_options(AutoConfig.from_pretrained(path, revision=revision), ConversionOptions.from_config(config.mla))
+    resolve_options(load_config(path, revision), ConversionOptions.from_config(config.mla))
     wanted = int(MORE * generated_share(config) * train_tokens(config))
     with stage.run(resumable=True, force=config.force):
         data = config.data

@@ -70,13 +70,9 @@ def sample(config: Config) -> None:
 
 
 def load_tokenizer(config: Config) -> Any:
-    from transformers import AutoTokenizer
+    from conf import pretrained
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(local_model(config), revision=config.model.revision)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the tokenizer of model.path={config.model.path} cannot be loaded: {reason}") from error
+    tokenizer = pretrained.load_tokenizer(local_model(config), config.model.revision)
     end = end_of(tokenizer, config.data.document_end)
     check_ids("the end of every document", [] if end is None else [[end]], tokenizer, model_config(config))
     return tokenizer
@@ -84,11 +80,11 @@ def load_tokenizer(config: Config) -> Any:
 
 def model_config(config: Config) -> Any:
     """The model's own; None for a folder that holds a tokenizer and no model."""
-    from transformers import AutoConfig
+    from conf import pretrained
 
     try:
-        return AutoConfig.from_pretrained(local_model(config), revision=config.model.revision)
-    except (OSError, ValueError):
+        return pretrained.load_config(local_model(config), config.model.revision)
+    except ValueError:
         return None
 
 

@@ -5,17 +5,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
+from conf.pretrained import load_config, load_generation_config
 from data.tokens import embedded_tokens
 
 
 def generation_settings(model: str, revision: str | None) -> GenerationConfig:
     """Those that `from_pretrained` gives the model (folder or hub id): its own file's, else its configuration's."""
-    try:
-        return GenerationConfig.from_pretrained(model, revision=revision or "main")
-    except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, revision=revision or "main"))
+    stored = load_generation_config(model, revision)
+    return stored or GenerationConfig.from_model_config(load_config(model, revision))
 
 
 def end_tokens(tokenizer: Any, settings: GenerationConfig, config: Any) -> list[int]:

@@ -25,6 +25,7 @@ import torch
 import transformers
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -209,7 +210,7 @@ def show(result: dict[str, Any]) -> None:
         for heading in ("", "first token", "tokens/s", "speed", "cache MiB", "cache", "GiB"):
             table.add_column(heading, justify="right" if heading else "left")
         for name, found in place["variants"].items():
-            table.add_row(name, *([found["failed"].split(":")[0]] if "failed" in found else cells(found)))
+            table.add_row(name, *([escape(found["failed"].split(":")[0])] if "failed" in found else cells(found)))
         Console(width=80).print(table)
     for context, batches in result.get("largest_batch", {}).items():
         print(f"largest batch at {context:,} tokens: " + ", ".join(f"{name} {size}" for name, size in batches.items()))

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from transformers import AutoTokenizer
 
 from conf.checkpoint import load_model
+from conf.errors import ends_in_one_line
 from conf.evaluation import BENCHMARKS
 from conf.models import data_folder
 from conf.precision import Dtype, torch_dtype
+from conf.pretrained import load_tokenizer
 from conf.stage import digest, fingerprint, provenance, write_json
 from eval.arguments import named_checkpoints
 from eval.results import average
@@ -156,6 +157,7 @@ def combined(results: dict[str, Any], weigh: bool) -> dict[str, Any]:
     return {"score": 100 * score, "stderr": 100 * error, "questions": total, "measure": parts[0][3]}
 
 
+@ends_in_one_line()
 def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -180,7 +182,7 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for name, folder in models.items():
         model = load_model(folder, dtype, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         found = {task: benchmarks.score(task, model, tokenizer, options.batch_size) for task in benchmarks.tasks}
         rows[name] = found | {"average": average(list(found.values()))}
         print(f"{name:<18}" + "".join(f"{row['score']:>12.2f}" for row in rows[name].values()), flush=True)

@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, Cache, DynamicCache, QuantizedCache
+from transformers import Cache, DynamicCache, QuantizedCache
 
 from conf.checkpoint import load_model
+from conf.errors import ends_in_one_line
 from conf.precision import Dtype, torch_dtype
+from conf.pretrained import load_tokenizer
 from conf.progress import counted
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
@@ -177,6 +179,7 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
+@ends_in_one_line()
 def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -198,7 +201,7 @@ def main() -> None:
     model = load_model(options.model, dtype, device=device)
     if not hasattr(model.config, "kv_lora_rank"):
         parser.exit(1, f"error: {options.model} is not a converted model: it has no latent to keep in few bits\n")
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     print(f"decoding in {str(dtype).removeprefix('torch.')} on {device}; bytes of a coded token, numbers in 16 bits")
     print("bits  rope  ranges               bytes a token      cut perplexity    change")
     try:

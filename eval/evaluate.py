@@ -11,12 +11,12 @@ from collections.abc import Iterable
 
 import hydra
 from omegaconf import DictConfig
-from transformers import AutoConfig
 
 from conf.devices import pick_device
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import Plan
+from conf.pretrained import load_config
 from conf.schema import Config
 from conf.stage import Stage, write_json
 from eval.generate import ROPE_BITS
@@ -36,7 +36,7 @@ def run_evaluate(config: Config) -> None:
     for stage in (plan.sample, plan.convert, plan.finetune):
         stage.require_finished()
     for bits in config.eval.cache_bits:  # refused before anything is scored
-        QuantizedLatentCache(AutoConfig.from_pretrained(plan.finetune.folder), bits, ROPE_BITS)
+        QuantizedLatentCache(load_config(plan.finetune.folder), bits, ROPE_BITS)
     device, model = pick_device(config.launch.device), local_model(config)
     print("evaluate: preparing prompts and texts", flush=True)
     inputs = prepare(config, model, plan.sample.folder, device)

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from conf.errors import ends_in_one_line
 from conf.stage import read_record, write_json
 from eval.picture import log_perplexity, quiet_pyplot, save
 
@@ -118,6 +119,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     save(figure, file)
 
 
+@ends_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders: outputs/MODEL/RUN")

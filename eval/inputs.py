@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from conf.evaluation import ChatTemplate
 from conf.precision import torch_dtype
+from conf.pretrained import load_config, load_tokenizer
 from conf.schema import Config
 from data.stops import end_tokens, generation_settings, pad_token
 from data.tokens import check_ids, plain_ids
@@ -65,8 +65,8 @@ def prepare(config: Config, model: str, sampled: Path, device: str) -> Inputs:
     one they run on.
     """
     options, revision = config.eval, config.model.revision
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-    original = AutoConfig.from_pretrained(model, revision=revision)
+    tokenizer = load_tokenizer(model, revision)
+    original = load_config(model, revision)
     wraps = options.chat_template is ChatTemplate.on
     wraps = wraps or (options.chat_template is ChatTemplate.auto and bool(tokenizer.chat_template))
     prompter = Prompter(tokenizer, window_of(original), options.max_length, wraps)
@@ -103,7 +103,7 @@ def window_of(config: Any) -> int:
 
 def stops_of(tokenizer: Any, model: str, revision: str | None) -> Stops:
     """What ends and pads outputs of a checkpoint (folder or hub id)."""
-    config, settings = AutoConfig.from_pretrained(model, revision=revision), generation_settings(model, revision)
+    config, settings = load_config(model, revision), generation_settings(model, revision)
     pad, newline = pad_token(tokenizer, settings, config), plain_ids(tokenizer, "\n")
     return Stops(end_tokens(tokenizer, settings, config), pad, newline[-1] if newline else pad)
 

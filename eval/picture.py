@@ -89,6 +89,9 @@ def quiet_pyplot() -> Any:
 def save(figure: Any, file: Path) -> None:
     """Write and close a figure; the file appears only when it is whole."""
     temporary = file.with_name(file.name + ".tmp")
+    for text in figure.findobj(match=lambda artist: hasattr(artist, "set_parse_math")):
+        if "$" in text.get_text() and "\\math" not in text.get_text():  # a name is no formula; ticks' numbers are
+            text.set_parse_math(False)
     figure.savefig(temporary, format="png")
     quiet_pyplot().close(figure)
     temporary.replace(file)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer
 
 from conf.checkpoint import load_model
+from conf.errors import ends_in_one_line
 from conf.precision import computes_bfloat16, native_autocast
+from conf.pretrained import load_config, load_tokenizer
 from conf.progress import counted
 from conf.schema import SourceConfig
 from conf.stage import provenance, write_json
@@ -101,6 +102,7 @@ def draw(rows: dict[str, list[float]], places: list[tuple[int, int]], file: Path
     save(figure, file)
 
 
+@ends_in_one_line()
 def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,10 +114,10 @@ def main() -> None:
     options = parser.parse_args()
     try:
         models = named_checkpoints(options.models)
-        tokenizer = AutoTokenizer.from_pretrained(next(iter(models.values())))
+        tokenizer = load_tokenizer(next(iter(models.values())))
         documents = long_documents(options.files, tokenizer, options.length, options.documents)
         for folder in models.values():
-            check_ids(f"--files for {folder}", documents, tokenizer, AutoConfig.from_pretrained(folder))
+            check_ids(f"--files for {folder}", documents, tokenizer, load_config(folder))
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
     places = ranges(options.length)

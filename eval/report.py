@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from conf.errors import stage_main
@@ -20,6 +19,7 @@ from conf.plan import Plan, plain
 from conf.schema import Config
 from conf.stage import provenance, read_record, write_json
 from conf.tracking import open_run
+from conf.words import task_words, word
 from eval.markdown import conditions, report_markdown, summary_rows
 from eval.needle_picture import draw_needles
 from eval.page import page
@@ -104,7 +104,7 @@ def read(file: Path) -> dict[str, Any]:
 def command(config: Config, overrides: list[str] | None) -> str:
     """The words that run this configuration again."""
     if overrides is None:
-        overrides = ["model=from_path", f"model.path={config.model.path}", f"name={config.name}"]
+        overrides = ["model=from_path", word("model.path", config.model.path), word("name", str(config.name))]
     return shlex.join(["python", "-m", "train.pipeline", *overrides])
 
 
@@ -155,7 +155,7 @@ def send_files(run: Any, files: list[Path]) -> None:
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    overrides = list(HydraConfig.get().overrides.task)
+    overrides = task_words()
     stage_main(lambda config: run_report(config, overrides))(cfg)
 
 

@@ -19,9 +19,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from conf.errors import ends_in_one_line
 from conf.schema import Config, typed_config
 from conf.stage import Stage, provenance, write_json
 from conf.tracking import Tracker, open_run
+from conf.words import escaped
 from eval.page import page
 from eval.picture import draw
 from eval.report import PICTURE, scalars, send_files
@@ -211,6 +213,7 @@ def read_points(folders: list[Path]) -> tuple[list[Path], dict[str, str]]:
     return list(points), failed
 
 
+@ends_in_one_line()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.sweep", description="Table and picture over several runs.")
     parser.add_argument("folders", nargs="+", type=Path, help="a sweep's folder, or the folders of runs")
@@ -239,7 +242,7 @@ def sweep_run(results: list[dict[str, Any]], folder: Path) -> AbstractContextMan
     """A W&B run for the sweep, with the tracking settings of its points."""
     # No more than is needed: other settings may be of an older form.
     kept = {key: results[0]["config"][key] for key in ("model", "tracking", "output_dir")}
-    merged: Any = OmegaConf.merge(OmegaConf.structured(Config), kept)
+    merged: Any = OmegaConf.merge(OmegaConf.structured(Config), escaped(kept))
     config = typed_config(merged)
     config.name = "sweep"
     stage = Stage("sweep", folder, {}, {result["point"]: result["date"] for result in results})

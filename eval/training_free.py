@@ -18,13 +18,13 @@ import hydra
 import torch
 import transformers
 from omegaconf import DictConfig
-from transformers import AutoTokenizer
 
 from conf.checkpoint import NOT_OURS, load_model
 from conf.errors import stage_main
 from conf.models import local_model
 from conf.plan import plain, write_result
 from conf.precision import native_autocast
+from conf.pretrained import load_tokenizer
 from conf.progress import Progress
 from conf.schema import Config, StudyConfig, StudyPoint
 from conf.stage import fingerprint, provenance
@@ -51,7 +51,7 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
         raise ValueError(f"study.text={study.text}: give a plain text file to measure perplexity on")
     source = local_model(config)
     model: Any = load_model(source, torch.float32, NOT_OURS, config.model.revision)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=config.model.revision)
+    tokenizer = load_tokenizer(source, config.model.revision)
     windows = text_windows(tokenizer, Path(study.text), study.sequence_length, study.tokens)
     check_ids(f"study.text={study.text}", windows, tokenizer, model.config)
     points = [(name, point, ConversionOptions.from_config(point)) for name, point in chosen_points(study)]

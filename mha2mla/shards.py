@@ -5,6 +5,7 @@ them in, one expert at a time.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -197,7 +198,20 @@ def write_shard(file: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise OSError(
             f"could not write {file} ({error}). If the disk is full, make room, and run the same command again"
         ) from error
+    plain_permissions(temporary)
     temporary.replace(file)
+
+
+def plain_permissions(*paths: Path) -> None:
+    """Give files, and those of folders, the permissions of new ones: safetensors writes them for their owner alone."""
+    for path in paths:
+        folder = path if path.is_dir() else path.parent
+        probe = folder / f".{os.getpid()}.permissions"  # shows the umask without changing it for other threads
+        probe.touch(exist_ok=False)
+        mode = probe.stat().st_mode & 0o777
+        probe.unlink()
+        for file in [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]:
+            file.chmod(mode)
 
 
 def write_index(folder: Path, files: list[Path]) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from conf.stage import TEMPORARY, appearing, write_json
+from mha2mla.shards import plain_permissions
 
 PROGRESS_FILE = "progress.json"
 
@@ -90,6 +91,7 @@ def appearing_in(folder: Path) -> Iterator[Path]:
     whole = folder / "saving"
     with appearing(whole) as temporary:
         yield temporary
+        plain_permissions(temporary)
     for file in sorted(whole.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(folder / file.name)
     whole.rmdir()
@@ -111,6 +113,7 @@ def save_checkpoint(accelerator: Accelerator, states: States, progress: Progress
         progress.sharding = states.sharding
         if accelerator.is_main_process:
             write_json(temporary / PROGRESS_FILE, asdict(progress))
+            plain_permissions(temporary)
     if accelerator.is_main_process:
         for old in [*checkpoints(folder)[:-keep], *folder.glob(f"step-*{TEMPORARY}")]:
             # Renamed before it is emptied: a half-removed checkpoint must not bear a whole one's name.

@@ -19,7 +19,6 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from omegaconf import DictConfig
-from transformers import AutoConfig, AutoTokenizer
 
 from conf.checkpoint import NOT_OURS, load_model
 from conf.devices import pick_device
@@ -28,6 +27,7 @@ from conf.memory import peak_memory_gib
 from conf.models import local_model
 from conf.plan import Plan
 from conf.precision import Dtype, native_autocast, torch_dtype
+from conf.pretrained import load_config, load_generation_config, load_tokenizer, skeleton
 from conf.progress import Progress
 from conf.schema import Config, Streamed
 from conf.stage import write_json
@@ -42,7 +42,7 @@ from mha2mla import (
     resolve_options,
 )
 from mha2mla.compare import Comparison, compare
-from mha2mla.families import attention_layers, latent_layers
+from mha2mla.families import attention_layers, family_of, latent_layers
 from mha2mla.reconstruct import LayerFit
 from mha2mla.streaming import PROGRESS, STATE, convert_streamed
 from train.checkpoint import appearing_in
@@ -56,15 +56,10 @@ def pretrained_config(config: Config) -> Any:
     plan = Plan(config)
     if plan.converses:  # calibration reads them
         plan.converse.require_finished()
-    source = local_model(config)
-    try:
-        pretrained = AutoConfig.from_pretrained(source, revision=config.model.revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"model.path={config.model.path} cannot be loaded ({reason}); "
-            "give a hub id such as org/name that this machine can reach, or a local checkpoint folder"
-        ) from error
+    pretrained = load_config(local_model(config), config.model.revision)
+    load_generation_config(local_model(config), config.model.revision)  # read at the end, where an error costs more
+    family_of(pretrained)
+    skeleton(config.model.path, pretrained)
     resolve_options(pretrained, ConversionOptions.from_config(config.mla))
     pick_device(config.launch.device)
     return pretrained
@@ -81,7 +76,7 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
     """Convert, measure and save into `folder`; returns the stage's metrics."""
     print("convert: loading the original", flush=True)
     model = load_pretrained(config)
-    tokenizer = AutoTokenizer.from_pretrained(local_model(config), revision=config.model.revision)
+    tokenizer = load_tokenizer(local_model(config), config.model.revision)
     heldout, calibration = list(heldout_batches(config, tokenizer)), list(calibration_batches(config, tokenizer))
     check_ids("held-out data", heldout, tokenizer, model.config)
     check_ids("data for calibration", calibration, tokenizer, model.config)
@@ -125,9 +120,9 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
         )
     print("convert: opening the original's files", flush=True)
     source = checkpoint_folder(config)
-    tokenizer, device = AutoTokenizer.from_pretrained(source), pick_device(config.launch.device)
+    tokenizer, device = load_tokenizer(source), pick_device(config.launch.device)
     calibration, heldout = list(calibration_batches(config, tokenizer)), list(heldout_batches(config, tokenizer))
-    pretrained = AutoConfig.from_pretrained(source)
+    pretrained = load_config(source)
     check_ids("data for calibration", calibration, tokenizer, pretrained)
     check_ids("held-out data", heldout, tokenizer, pretrained)
     print(f"convert: layer by layer from {source}", flush=True)
@@ -158,8 +153,8 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
 def checkpoint_folder(config: Config) -> Path:
     """The folder of the checkpoint's files, fetched from the hub if need be."""
     source = local_model(config)
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
+    if Path(source).is_dir():
+        return Path(source)
     wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model", "*.txt"]
     return Path(snapshot_download(source, revision=config.model.revision, allow_patterns=wanted))
 

@@ -16,12 +16,13 @@ import torch
 import transformers
 import yaml
 from omegaconf import DictConfig
-from transformers import AutoTokenizer, DeepseekV3ForCausalLM
+from transformers import DeepseekV3ForCausalLM
 
 from conf.checkpoint import load_model
 from conf.errors import stage_main
 from conf.plan import Plan, plain
 from conf.precision import torch_dtype
+from conf.pretrained import load_tokenizer
 from conf.schema import Config, ExportForm, ExportStage
 from conf.stage import write_json
 from mha2mla.native import to_deepseek
@@ -39,7 +40,7 @@ def export_model(config: Config, plan: Plan, folder: Path) -> dict[str, Any]:
     print(f"export: loading {stage.folder}", flush=True)
     model = load_model(stage.folder, dtype).eval()
     exported = to_deepseek(model) if config.export.form is ExportForm.native else to_served(model)
-    tokenizer = AutoTokenizer.from_pretrained(stage.folder)
+    tokenizer = load_tokenizer(stage.folder)
     with appearing_in(folder) as whole:
         exported.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
@@ -79,7 +80,7 @@ def compare(model: Any, folder: Path, form: ExportForm) -> dict[str, Any]:
 
 
 CARD = """---
-base_model: {source}
+base_model: {base}
 library_name: transformers
 tags: [mla, multi-head-latent-attention, mha2mla]
 ---
@@ -111,6 +112,7 @@ def model_card(config: Config, plan: Plan, found: dict[str, Any]) -> str:
         scores = "| model | score, 0-100 |\n| --- | ---: |\n" + "\n".join(rows) + "\n"
     return CARD.format(
         source=config.model.path,
+        base=json.dumps(config.model.path),  # YAML takes it whatever stands in it
         made="converted" if config.export.stage is ExportStage.convert else "converted and healed",
         name=config.model.name,
         numbers=found["cache_numbers_per_token"],

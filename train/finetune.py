@@ -30,11 +30,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
 
 from conf.errors import stage_main
 from conf.memory import peak_memory_gib
 from conf.plan import Plan, plain, teacher_fingerprint
+from conf.pretrained import load_config, load_tokenizer
 from conf.schema import Config, FinetuneConfig, Sharding
 from conf.tracking import Tracker, open_run
 from data.tokens import check_ids
@@ -267,10 +267,10 @@ def text_rows(config: Config, model_dir: Path) -> TextRows | None:
     settings = config.eval
     if not settings.perplexity_text:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = load_tokenizer(model_dir)
     file = Path(settings.perplexity_text).expanduser()
     windows = text_windows(tokenizer, file, settings.perplexity_sequence_length, settings.perplexity_tokens)
-    check_ids(f"eval.perplexity_text={file}", windows, tokenizer, AutoConfig.from_pretrained(model_dir))
+    check_ids(f"eval.perplexity_text={file}", windows, tokenizer, load_config(model_dir))
     return TextRows(file.stem, torch.stack(windows))
 
 

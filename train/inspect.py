@@ -9,17 +9,17 @@ result can be exported in and which kernels serve it, and what conversion and he
 
 import argparse
 import json
-import sys
 from dataclasses import fields
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from conf.errors import ends_in_one_line
 from conf.models import PACKAGE, check_folder, package_gguf
 from conf.naming import presets
+from conf.pretrained import load_config, skeleton
+from conf.schema import ModelConfig
 from mha2mla import ConversionOptions, native, resolve_options, served
 from mha2mla.convert import TABLES
 from mha2mla.families import attention_layers, family_of, geometry_of
@@ -34,11 +34,10 @@ def inspect(path: str, reductions: list[float]) -> dict[str, Any]:
     """Everything that is printed, as plain data; ValueError for a model that cannot be converted."""
     if not all(0 < reduction < 1 for reduction in reductions):
         raise ValueError(f"--reductions {reductions}: cuts of the cache lie between 0 and 1")
-    config = load_config(path)
-    family, geometry = family_of(config), geometry_of(config)
+    config = read_config(path)
+    family, model = family_of(config), skeleton(path, config)
+    geometry = geometry_of(config)
     kinds = {geometry.num_heads: "multi-head (MHA)", 1: "multi-query (MQA)"}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     attention, sizes = attention_layers(model), count(model)
     budgets = [budget(config, attention, reduction) for reduction in reductions]
     return {
@@ -65,27 +64,13 @@ def inspect(path: str, reductions: list[float]) -> dict[str, Any]:
     }
 
 
-def load_config(path: str) -> Any:
+def read_config(path: str) -> Any:
+    path = ModelConfig(path=path).path
     check_folder("MODEL", path)
-    try:
-        if path.startswith(PACKAGE):
-            file = package_gguf(path)
-            return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        return AutoConfig.from_pretrained(path)
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{path} brings code of its own for a family that transformers does not have; only transformers' own "
-                "families are converted"
-            ) from error
-        raise unreadable(path, error) from error
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:200]
-    return ValueError(f"{path} cannot be read ({reason}); give a hub id or a checkpoint folder")
+    if path.startswith(PACKAGE):
+        file = package_gguf(path)
+        return load_config(file.parent, gguf_file=file.name)
+    return load_config(path)
 
 
 def rope_of(config: Any) -> str:
@@ -200,17 +185,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+@ends_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.inspect", description=__doc__.split("\n")[0])
     parser.add_argument("model", help="hub id, checkpoint folder or package:NAME")
     parser.add_argument("--reductions", type=float, nargs="+", default=list(REDUCTIONS), help="cuts of the cache")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
     options = parser.parse_args()
-    try:
-        found = inspect(options.model, options.reductions)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    found = inspect(options.model, options.reductions)
     if options.json:
         print(json.dumps(found, indent=2))
     else:

@@ -9,9 +9,10 @@ from accelerate import Accelerator
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from conf.checkpoint import load_model
+from conf.pretrained import load_tokenizer
 from conf.schema import FinetuneConfig, LoraConfig, Trainable
 from train.checkpoint import appearing_in
 from train.sharding import whole_state
@@ -72,5 +73,5 @@ def save_model(accelerator: Accelerator, model: nn.Module, source: Path, output:
         healed.load_state_dict(state)
         with appearing_in(output) as folder:
             healed.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+            load_tokenizer(source).save_pretrained(folder)
     accelerator.wait_for_everyone()

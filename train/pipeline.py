@@ -20,10 +20,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from conf.errors import StageError, stage_main
+from conf.errors import StageError, said_to_user, stage_main
 from conf.plan import Plan
 from conf.schema import Config, typed_config
 from conf.stage import Stage, write_json
+from conf.words import task_words
 
 MODULES = {
     "converse": "data.converse",
@@ -102,16 +103,18 @@ def run_sweep_point(cfg: DictConfig, overrides: list[str], folder: Path) -> None
         point["run_dir"] = str(Plan(config).run_dir)
         run_point(config, overrides)
         point["status"] = "finished"
-    except (StageError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        point |= {"status": "failed", "error": str(error)}
+    except Exception as error:
+        if not (said := said_to_user(error)):
+            raise
+        print(f"error: {said}", file=sys.stderr, flush=True)
+        point |= {"status": "failed", "error": said}
     write_json(folder / "point.json", point)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     job = HydraConfig.get()
-    overrides = list(job.overrides.task)
+    overrides = task_words()
     if job.mode is RunMode.MULTIRUN:
         run_sweep_point(cfg, overrides, Path(job.runtime.output_dir))
     else:

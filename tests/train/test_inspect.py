@@ -53,7 +53,7 @@ REFUSED = {
     "has no attention": {"model_type": "mamba"},
     "is an encoder-decoder": {"model_type": "t5"},
     "brings code of its own": {"model_type": "odd", "auto_map": {"AutoConfig": "odd.OddConfig"}},
-    "cannot be read": None,
+    "holds no config.json": None,
 }
 
 
