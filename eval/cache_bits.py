@@ -1,12 +1,13 @@
 """What a latent cache in a few bits costs in perplexity and in bytes, token by token as in decoding.
 
     python -m eval.cache_bits outputs/MODEL/RUN/finetune --text wikitext2_test.txt --calibrate brown.jsonl.gz
-        --original 384 --output docs/results/cache_bits
+        --output docs/results/cache_bits
 
 Every window of the text is fed through the cache one token at a time, so each token is predicted from what the cache
 hands out; all windows together are a batch. Writes OUTPUT.json: perplexity, bytes that a coded token takes in the cache
-as measured, the number of tokens kept whole, which are not in the bytes, and the reduction against `--original` numbers
-a layer in 16 bits. Numbers that are not coded count 2 bytes, whatever the machine holds them in.
+as measured, the number of tokens kept whole, which are not in the bytes, and the reduction against the original's
+numbers in 16 bits. Numbers that are not coded count 2 bytes, whatever the machine holds them in; layers that were left
+as they are count on neither side.
 
 `--stock` measures transformers' own quantised caches on the same windows too, those whose packages are installed
 (quanto: optimum-quanto, hqq: hqq). Their bytes are of all tokens, the latest kept whole included.
@@ -39,7 +40,7 @@ from mha2mla.cache import storage_bytes
 from mha2mla.families import latent_layers
 from mha2mla.output_head import next_token_losses, perplexity_of
 from mha2mla.quantization import Range
-from mha2mla.quantized_cache import LayerRanges
+from mha2mla.quantized_cache import LayerRanges, QuantizedLatentLayer
 
 # Bits of latent and rotated key, and whether ranges come from calibration (else from every token's groups).
 SETTINGS = (
@@ -92,8 +93,8 @@ def decoding_perplexity(model: Any, windows: torch.Tensor, cache: Cache, shown: 
 
 
 def bytes_a_token(cache: Cache) -> tuple[float, int]:
-    """Bytes of a coded token over all layers, ranges stored with it counted; tokens a sequence kept whole."""
-    layers: list[Any] = list(cache.layers)
+    """Bytes of a coded token over all latent layers, ranges stored with it counted; tokens a sequence kept whole."""
+    layers: list[Any] = [layer for layer in cache.layers if isinstance(layer, QuantizedLatentLayer)]
     total = 0.0
     for layer in layers:
         buffers = [rows.buffer for store in layer.stores for rows in store.rows.values()]
@@ -127,7 +128,7 @@ def measure(
     stock: bool = False,
 ) -> list[dict[str, Any]]:
     """A row a setting, the whole cache first, then transformers' own if wanted. Turns the model's latents."""
-    layers = model.config.num_hidden_layers
+    layers = len(latent_layers(model))
     numbers = sum(layer.cached_size for _, layer in latent_layers(model))
     whole = decoding_perplexity(model, windows, DynamicCache(), "whole")
     rows: list[dict[str, Any]] = []
@@ -159,6 +160,17 @@ def measure(
     return rows
 
 
+def original_numbers(config: Any, given: int | None) -> int:
+    """Numbers that the original caches a token a layer, keys and values; ValueError if other ones are given."""
+    numbers = 2 * int(config.num_key_value_heads) * int(config.head_dim)
+    if given not in (None, numbers):
+        raise ValueError(
+            f"--original {given}: the model's original caches {numbers} numbers a token a layer (keys and values of "
+            f"{config.num_key_value_heads} heads of {config.head_dim}); leave --original out"
+        )
+    return numbers
+
+
 def one_range(ranges: LayerRanges, bits: int) -> LayerRanges:
     """The control: one range for all channels of the latent, which a few wide ones set."""
     span = ranges.latent
@@ -188,7 +200,7 @@ def main() -> None:
     parser.add_argument(
         "--calibrate", nargs="+", required=True, help="documents for ranges: JSON lines, Parquet or text"
     )
-    parser.add_argument("--original", type=int, required=True, help="numbers that the original caches a token a layer")
+    parser.add_argument("--original", type=int, help="numbers the original caches a token a layer; default: by config")
     parser.add_argument("--stock", action="store_true", help="transformers' quantised caches too")
     parser.add_argument("--tokens", type=int, default=10240)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
@@ -205,18 +217,19 @@ def main() -> None:
     print(f"decoding in {str(dtype).removeprefix('torch.')} on {device}; bytes of a coded token, numbers in 16 bits")
     print("bits  rope  ranges               bytes a token      cut perplexity    change")
     try:
+        original = original_numbers(model.config, options.original)
         windows = torch.stack(text_windows(tokenizer, options.text, options.length, options.tokens))
         batches = calibration_text(options.calibrate, tokenizer, 1024, 4096)
         check_ids("--text", windows, tokenizer, model.config)
         check_ids("--calibrate", batches, tokenizer, model.config)
-        rows = measure(model, windows, batches, options.original, show, options.stock)
+        rows = measure(model, windows, batches, original, show, options.stock)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
     result = {
         "rows": rows,
         "text": {"file": options.text.name, "tokens": windows.numel(), "sequence_length": options.length},
         "calibration_tokens": sum(batch.numel() for batch in batches),
-        "original_numbers": options.original,
+        "original_numbers": original,
         "numbers": model.config.kv_lora_rank + model.config.rope_dim,
         "dtype": str(dtype).removeprefix("torch."),
         "provenance": provenance(),

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from eval.cache_bits import SETTINGS, bytes_a_token, decoding_perplexity, main
+from eval.cache_bits import SETTINGS, bytes_a_token, decoding_perplexity, main, original_numbers
 from eval.perplexity import perplexity
-from mha2mla import ConversionOptions, QuantizedLatentCache
+from mha2mla import ConversionOptions, QuantizedLatentCache, convert
 from tests.eval.test_benchmarks import write_words
+from tests.tiny import tiny_model
 from tests.train.tiny import VOCAB, write_model
 
 MLA = ConversionOptions(rope_dim=8, kv_lora_rank=16)
@@ -25,6 +26,28 @@ def folder(tmp_path: Path) -> Path:
     write_model(tmp_path / "model", dropout=0.0, mla=MLA)
     write_words(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_bytes_of_a_coded_token_are_the_same_in_every_dtype(family: str) -> None:
+    """Scales of normed keys are not coded (qwen3); layers with a window may be left as they are (gemma2)."""
+    options = ConversionOptions(rope_dim=8, kv_lora_rank=16, layers="full-attention" if family == "gemma2" else "all")
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = convert(tiny_model(family), options)[0].eval().to(dtype)
+        cache = QuantizedLatentCache(model.config, 4, None)
+        decoding_perplexity(model, windows(2, 40), cache)
+        found.append(bytes_a_token(cache)[0])
+    latent, scales = len(model.config.latent_layers or range(LAYERS)), model.config.key_scales
+    assert found == [latent * (16 / 2 + 2 + 2 + 2 * 8 + 2 * scales)] * 2
+
+
+def test_the_originals_numbers_are_those_of_the_configuration() -> None:
+    for family, numbers in (("llama", 32), ("qwen3", 48), ("gpt_neox", 64)):
+        config = convert(tiny_model(family), ConversionOptions(rope_dim=8, kv_lora_rank=16))[0].config
+        assert original_numbers(config, None) == original_numbers(config, numbers) == numbers
+        with pytest.raises(ValueError, match=f"--original 7: the model's original caches {numbers} numbers"):
+            original_numbers(config, 7)
 
 
 def windows(number: int = 3, length: int = 48) -> torch.Tensor:
@@ -62,7 +85,7 @@ def write_text(root: Path) -> tuple[Path, Path]:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, model: Path, *words: str) -> None:
-    arguments = [str(model), "--original", "32", "--length", "60", "--tokens", "120", *words]
+    arguments = [str(model), "--length", "60", "--tokens", "120", *words]
     monkeypatch.setattr(sys, "argv", ["cache_bits", *arguments])
     main()
 

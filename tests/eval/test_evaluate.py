@@ -295,9 +295,8 @@ def test_points_of_a_sweep_that_do_not_compare_are_told_and_left_out(run, tmp_pa
     assert {point["dtype"] for point in sweep["points"]} == {"float32"}
     assert sweep["failed"]["other-dtype"] == "scored in bfloat16, the others in float32; give eval.dtype"
     for name, rows in (("other-rows", "passkey"), ("fewer-tasks", "classification"), ("other-text", "perplexity")):
-        assert (
-            f"scored on other rows than '{first['point']}'" in sweep["failed"][name] and rows in sweep["failed"][name]
-        )
+        told = sweep["failed"][name]
+        assert f"scored on other rows than '{first['point']}'" in told and rows in told
     text = (tmp_path / "out" / "sweep.md").read_text()
     assert text.count("| original model |") == text.count("| original another |") == 1  # each model has its own
     assert "float32 on cpu, cuda, against the original in 16 bits, mean context " in text
@@ -335,7 +334,7 @@ def test_the_healed_model_is_scored_with_its_cache_in_few_bits_too(run, tmp_path
     assert list(results["score"]) == ["original", "converted", "healed", "healed-8bit", "healed-4bit"]
     cuts = [results["kv_cache_reduction"][model] for model in ("healed", "healed-8bit", "healed-4bit")]
     assert cuts[0] == pytest.approx(REDUCTION)
-    # Scales of 6 + 4 numbers take as much as the numbers: against 16 bits, as reductions count, 8 bits win nothing.
+    # Ranges of 6 + 4 numbers take nearly as much as they: in 16 bits, as reductions count, 8 bits win nothing.
     assert cuts[1] < cuts[2] < cuts[0]
     held = [results["cache"][model]["bytes_per_token"] for model in ("healed", "healed-8bit", "healed-4bit")]
     assert held == sorted(held, reverse=True)

@@ -54,6 +54,12 @@ def test_a_reference_that_never_comes_so_far_gives_a_lower_bound(tmp_path: Path)
     assert saved_tokens(far, [ours, far], "mha2mla") is None
 
 
+def test_runs_of_another_precision_are_no_reference(tmp_path: Path) -> None:
+    ours, other = (healing_curve(write_run(tmp_path / name, CURVE)) for name in ("a", "mha2mla"))
+    assert saved_tokens(ours, [ours, other], "mha2mla")
+    assert saved_tokens(ours, [ours, other | {"mixed_precision": "bf16"}], "mha2mla") is None
+
+
 def test_tokens_to_reach_is_a_measured_point_or_none() -> None:
     curve = [list(point) for point in CURVE]
     assert tokens_to_reach(curve, 60.0) == 1000 and tokens_to_reach(curve, 59.0) == 2000
