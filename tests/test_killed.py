@@ -56,7 +56,7 @@ CASES = {
     "convert": Case("train.convert"),
     "streamed": Case("train.convert", ("launch.streamed=on", "mla.reconstruction_steps=20")),
     "sample": Case("data.sample", ("data.num_workers=2", "data.tokens=20000")),
-    "finetune": Case("train.finetune", ("finetune.save_every=3",), CHAIN[:2]),
+    "finetune": Case("train.finetune", ("finetune.save_every=3", "finetune.max_steps=16"), CHAIN[:2]),
     "distil": Case("train.finetune", ("finetune.loss=kd", "finetune.teacher_top_k=8"), CHAIN[:2]),
     "evaluate": Case("eval.evaluate", ("eval.cache_bits=[8]",), CHAIN[:3]),
     "report": Case("eval.report", (), CHAIN[:4]),
