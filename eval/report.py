@@ -35,6 +35,7 @@ def run_report(config: Config, overrides: list[str] | None = None) -> None:
     plan = Plan(config)
     if plan.report.skip(config.force):
         return
+    print("report: gathering what the stages have left, then drawing", flush=True)
     plan.original.require_finished()
     plan.evaluate.require_finished()
     results = collect(plan, overrides)

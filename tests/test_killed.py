@@ -52,11 +52,11 @@ class Case:
 OWN = "+data.sources={{text:{{data_files:[{corpus}]}},own:{{kind:generated}}}}"
 CHAIN = ("train.convert", "data.sample", "train.finetune", "eval.evaluate", "eval.report")
 CASES = {
-    "converse": Case("data.converse", (OWN, "data.files=[]")),
+    "converse": Case("data.converse", (OWN, "data.files=[]", "data.tokens=20000")),
     "convert": Case("train.convert"),
     "streamed": Case("train.convert", ("launch.streamed=on", "mla.reconstruction_steps=20")),
     "sample": Case("data.sample", ("data.num_workers=2", "data.tokens=20000")),
-    "finetune": Case("train.finetune", ("finetune.save_every=3",), CHAIN[:2]),
+    "finetune": Case("train.finetune", ("finetune.save_every=3", "finetune.max_steps=16"), CHAIN[:2]),
     "distil": Case("train.finetune", ("finetune.loss=kd", "finetune.teacher_top_k=8"), CHAIN[:2]),
     "evaluate": Case("eval.evaluate", ("eval.cache_bits=[8]",), CHAIN[:3]),
     "report": Case("eval.report", (), CHAIN[:4]),
@@ -120,8 +120,11 @@ class Project:
 
     def kill(self, process: BaseProcess, alone: bool) -> None:
         assert process.pid
-        family = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGKILL) if alone else os.killpg(process.pid, signal.SIGKILL)
+        try:
+            family = psutil.Process(process.pid).children(recursive=True)
+            os.kill(process.pid, signal.SIGKILL) if alone else os.killpg(process.pid, signal.SIGKILL)
+        except (psutil.NoSuchProcess, ProcessLookupError):  # it has just ended
+            family = []
         process.join()
         left = psutil.wait_procs(family, timeout=PATIENCE)[1]
         assert not left, f"{left} outlived the stage that started them"
@@ -147,8 +150,8 @@ def content(file: Path, outputs: Path) -> Any:
 
 
 def tree(outputs: Path) -> dict[str, Any]:
-    """All files of an output folder with their contents, locks aside, which stay."""
-    files = sorted(file for file in outputs.rglob("*") if file.is_file() and file.suffix != ".lock")
+    """All files of an output folder with their contents, but for the cache that `datasets` keeps beside the shards."""
+    files = sorted(file for file in outputs.rglob("*") if file.is_file() and "cache" not in file.parts)
     return {str(file.relative_to(outputs)): content(file, outputs) for file in files}
 
 

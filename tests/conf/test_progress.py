@@ -8,7 +8,7 @@ import pytest
 
 from conf.progress import SILENCE, Pace, Progress, counted
 from data import converse, sample
-from eval import evaluate
+from eval import evaluate, report
 from tests.data.corpora import documents, local, make_config, write_jsonl
 from tests.eval.tiny import compose_config, finish_before_evaluation, write_original
 from train import convert, export, finetune
@@ -153,6 +153,7 @@ STAGES: dict[str, tuple[Callable, str, Callable, str]] = {
     "finetune": (unhealed_run, "train.finetune.finetune", finetune.run, "finetune: loading"),
     "original": (finished_run, "eval.score.load_model", evaluate.run_evaluate, "original: loading"),
     "evaluate": (finished_run, "eval.evaluate.prepare", evaluate.run_evaluate, "evaluate: preparing"),
+    "report": (finished_run, "conf.stage.Stage.require_finished", report.run_report, "report: gathering"),
     "export": (finished_run, "train.export.load_model", export.run_export, "export: loading"),
 }
 

@@ -125,3 +125,30 @@ def test_only_one_run_at_a_time_makes_a_stage(tmp_path: Path, monkeypatch: pytes
     for thread in threads:
         thread.join()
     assert sorted(word.split()[1] for word in order) == ["finds", "makes"] and order[0].endswith("makes it")
+
+
+def test_what_a_restart_needs_goes_with_the_seal_or_after_a_kill_behind_it(tmp_path: Path) -> None:
+    def one(**config: object) -> Stage:
+        return Stage("finetune", tmp_path / "finetune", dict(config), {}, unfinished=("checkpoints",))
+
+    with one().run(resumable=True) as running:
+        (running.folder / "checkpoints").mkdir()
+        (running.folder / "model").write_text("whole")
+    names = sorted(path.name for path in (tmp_path / "finetune").iterdir())
+    assert names == ["config.yaml", "model", "stage.json"]
+    # As a kill between the record and the clearing leaves it.
+    (tmp_path / "finetune" / "checkpoints").mkdir()
+    (tmp_path / "finetune" / ".key").write_text(one().key)
+    assert one().skip()
+    assert sorted(path.name for path in (tmp_path / "finetune").iterdir()) == names
+
+
+@pytest.mark.parametrize("other", [{"r": 2}, {}], ids=["another configuration", "force"])
+def test_a_finished_result_is_kept_aside_although_its_mark_was_left(other: dict[str, object], tmp_path: Path) -> None:
+    with stage(tmp_path).run() as running:
+        (running.folder / "result").write_text("first")
+    (tmp_path / "convert" / ".key").write_text(stage(tmp_path).key)
+    with stage(tmp_path, **other).run(force=True):
+        pass
+    [aside] = tmp_path.glob("convert.old-*")
+    assert (aside / "result").read_text() == "first"

@@ -17,6 +17,7 @@ WITHOUT_PACKAGE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoModel
 folder, ids = sys.argv[1], torch.load(sys.argv[2])
+torch.set_num_threads(int(sys.argv[4]))  # set, MKL takes so many; unset, no more than there are cores
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 base = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert "mha2mla" not in sys.modules
@@ -48,7 +49,7 @@ def test_round_trip_with_and_without_the_package(family: str, options: dict, tmp
     (tmp_path / "elsewhere").mkdir()
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     script = [sys.executable, "-P", "-c", block_package() + WITHOUT_PACKAGE]
-    arguments = [str(folder), str(tmp_path / "ids.pt"), str(tmp_path / "out.pt")]
+    arguments = [str(folder), str(tmp_path / "ids.pt"), str(tmp_path / "out.pt"), str(torch.get_num_threads())]
     run = subprocess.run(
         script + arguments, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True, check=False
     )
