@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mha2mla  # noqa: F401  registers the classes of converted models
+from conf.errors import one_line
+from conf.models import check_files
 
 AGAIN = "make it again with `make convert ARGS=force=true`"
 NOT_OURS = "get that checkpoint again"
@@ -37,6 +39,8 @@ def load_model(
     Raises ValueError where a weight is missing, not the model's or of another shape, and where a file is cut short.
     """
     place = Path(path).expanduser()
+    if place.exists() and not gguf_file:
+        check_files(str(path), place)
     options: dict[str, Any] = {"dtype": dtype, "revision": revision or "main"}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that the report names them
     if gguf_file:
@@ -44,8 +48,8 @@ def load_model(
     try:
         model, report = model_class.from_pretrained(str(place) if place.is_dir() else str(path), **options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ValueError(f"{path} holds no complete checkpoint ({type(error).__name__}: {reason}); {remedy}") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"{path} holds no complete checkpoint ({reason}); {remedy}") from error
     for kind, verb in REPORT.items():
         if names := sorted(str(each[0] if isinstance(each, tuple) else each) for each in report[kind]):
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -93,19 +93,24 @@ def local_model(config: Config) -> str:
 
 
 def check_folder(key: str, path: str) -> None:
-    """ValueError if what looks like a folder is none, or none of a checkpoint."""
+    """ValueError if what looks like a folder is none, or holds an adapter. It may hold a tokenizer alone, which is all
+    that sampling needs."""
     folder = Path(home_expanded(key, path))
     if folder.exists():
-        check_files(f"{key}={path}", folder)
+        check_names(f"{key}={path}", names_in(f"{key}={path}", folder))
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"{key}={path}: no such folder (a hub id looks like org/name)")
 
 
-def check_files(shown: str, folder: Path) -> None:
-    """ValueError if a folder is that of no checkpoint, or of more than one."""
+def names_in(shown: str, folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ValueError(f"{shown} is a file; give the folder of a checkpoint, with its {CONFIG} and weights")
-    names = sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir())
+
+
+def check_files(shown: str, folder: Path) -> None:
+    """ValueError if a folder is that of no checkpoint, or of more than one."""
+    names = names_in(shown, folder)
     check_names(shown, names)
     if CONFIG in names:
         return

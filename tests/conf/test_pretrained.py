@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ from tests.eval.tiny import write_original
 from tests.fuzz import json_mutations, mutations, refusal
 from train.inspect import inspect
 from train.resources import sizes_of
+
+
+@pytest.fixture(autouse=True)
+def silent(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """What libraries say of damaged files holds text that cannot be sent from one process to another."""
+    yield
+    capfd.readouterr()
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +91,8 @@ def test_a_folder_of_something_else_is_named_for_what_it_is(files: list[str], sa
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("{}")
-    refused(lambda: check_folder("model.path", str(tmp_path)), f"model.path={tmp_path} holds no config.json", said)
-    refused(lambda: load_config(tmp_path), str(tmp_path), said)
+    refused(lambda: check_files("model.path", tmp_path), "model.path holds no config.json", said)
+    refused(lambda: load_config(tmp_path), f"{tmp_path} holds no config.json", said)
 
 
 def test_a_file_is_no_folder(checkpoint: Path) -> None:
