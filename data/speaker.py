@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from data.chats import Message, prompt
+from mha2mla.finite import FiniteScores
 
 TOGETHER = 32  # conversations generated as one batch
 LONGEST_QUESTION = 96  # tokens
@@ -100,7 +101,9 @@ class Speaker:
         ends = list(self.model.generation_config.eos_token_id)
         if stop in self.special:  # else it is found in the text, when all of it is there
             ends.append(self.tokenizer.convert_tokens_to_ids(stop))
-        output = self.model.generate(**batch.to(self.model.device), max_new_tokens=room, eos_token_id=ends)
+        output = self.model.generate(
+            **batch.to(self.model.device), max_new_tokens=room, eos_token_id=ends, logits_processor=[FiniteScores()]
+        )
         return [self.said(row, stop) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
 
     def said(self, ids: list[int], stop: str | None) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from mha2mla import QuantizedLatentCache, cache_bytes
+from mha2mla.finite import FiniteScores
 
 ROPE_BITS = 8  # of the rotated key, where the latent is coded
 NewCache = Callable[[Any], Cache]  # an empty cache for a model
@@ -90,7 +91,10 @@ def generate(
     newline_ends: bool = False,
     new_cache: NewCache = growing_cache,
 ) -> list[str]:
-    """The outputs of one batch as text, without special tokens; adds the cache's bytes to `reading`."""
+    """The outputs of one batch as text, without special tokens; adds the cache's bytes to `reading`.
+
+    Raises ValueError where logits are not finite.
+    """
     longest = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), longest), stops.pad)
     mask = torch.zeros_like(input_ids)
@@ -111,6 +115,7 @@ def generate(
             input_ids.to(model.device),
             attention_mask=mask.to(model.device),
             past_key_values=cache,
+            logits_processor=[FiniteScores()],
             stopping_criteria=StoppingCriteriaList([FirstLine(tokenizer, longest)]) if first_line else None,
         )
     reading.add(cache, len(prompts))

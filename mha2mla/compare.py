@@ -3,10 +3,13 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
+
+from mha2mla.finite import HALF, check_activations, whose_activations
 
 
 @dataclass
@@ -44,6 +47,9 @@ class Tally:
         if not self.tokens:
             raise ValueError("no text to compare the models on: give at least one row of two tokens")
         nll_original, nll_converted, divergence, agreeing = (self.sums / self.tokens).tolist()
+        for whose, loss in (("original", nll_original), ("converted model", nll_converted)):
+            if not math.isfinite(loss):
+                raise ValueError(f"logits of the {whose} are not finite on the held-out text; {HALF}, or get it again")
         return Comparison(math.exp(nll_original), math.exp(nll_converted), divergence, agreeing, self.tokens)
 
 
@@ -51,7 +57,7 @@ class Tally:
 def compare(original: Any, converted: Any, batches: Iterable[torch.Tensor]) -> Comparison:
     """Run both models over batches of input_ids [B, S], one row at a time so that few logits stand in memory.
 
-    Raises ValueError if there is no token to predict.
+    Raises ValueError if there is no token to predict, and where logits are not finite.
     """
     tally = Tally()
     for batch in batches:
@@ -59,4 +65,13 @@ def compare(original: Any, converted: Any, batches: Iterable[torch.Tensor]) -> C
             theirs = original(row.to(original.device), use_cache=False).logits[0, :-1]
             ours = converted(row.to(converted.device), use_cache=False).logits[0, :-1]
             tally.add(theirs, ours, row[0, 1:].to(original.device))
+            if not tally.sums.isfinite().all():
+                name_not_finite([original, converted], row)
     return tally.comparison()
+
+
+def name_not_finite(models: list[Any], row: torch.Tensor) -> None:
+    """ValueError that says which model's logits on a row [1, S] are not finite, and where that begins."""
+    for model in models:
+        run = partial(model, row.to(model.device), use_cache=False)
+        check_activations(run().logits, whose_activations(model.config), model, run)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mha2mla import allocation, basis, low_rank, partial_rope
 from mha2mla.families import attention_layers, family_of, geometry_of
+from mha2mla.finite import check_weights
 from mha2mla.layer import LayerReport, convert_layer, cut_layer
 from mha2mla.options import PER_HEAD, ConversionOptions, Geometry
 from mha2mla.self_check import self_check
@@ -94,13 +95,15 @@ def convert(
     calibration: from `collect_statistics`; needed by partial_rope="2-norm", otherwise it adds the errors on real
         activations to the report.
     Returns the converted model (same dtype, device and mode of training) and a report.
-    Raises ValueError for an unsupported family, for sizes that do not fit, and where calibration is missing.
+    Raises ValueError for an unsupported family, for sizes that do not fit, for weights that are not finite, and where
+    calibration is missing.
     """
     family, geometry = family_of(model.config), geometry_of(model.config)
     options = resolve_options(model.config, options)
     if needs_calibration(options) and calibration is None:
         wanting = ", ".join(needs_calibration(options))
         raise ValueError(f"{wanting}: looks at calibration text; pass calibration=collect_statistics(...)")
+    check_weights(model.state_dict().items())
     error = self_check(model)
     chosen, attentions, rotations = chosen_layers(model.config, options), attention_layers(model), rotations_of(model)
     ranks = allocate(model, options, calibration)

@@ -5,11 +5,13 @@ Only sums are kept, on the model's own device: O(d²) numbers a layer, whatever 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 
 from mha2mla.families import attention_layers, geometry_of
+from mha2mla.finite import check_activations, check_weights, is_finite, whose_activations
 from mha2mla.options import Geometry
 from mha2mla.projections import query_and_key
 
@@ -62,6 +64,15 @@ class LayerStatistics:
             if getattr(self, item.name) is not None:
                 getattr(self, item.name).div_(tokens)
 
+    def check(self, index: int) -> None:
+        """ValueError if a moment of layer `index`, whose activations are finite, is not."""
+        moments = [getattr(self, item.name) for item in fields(self)]
+        if not all(is_finite(moment) for moment in moments if moment is not None):
+            raise ValueError(
+                f"activations in layer {index}'s attention are finite but too large to square in float32 (beyond about "
+                "1e19): no statistics can be made of them; the checkpoint is broken, or not of its configuration"
+            )
+
 
 @dataclass
 class Statistics:
@@ -76,8 +87,10 @@ def collect_statistics(model: Any, batches: Iterable[Any]) -> Statistics:
     """Run the original model over calibration text and average its attention statistics.
 
     batches: tensors of input_ids [B, S], or mappings with `input_ids` and, for padded text, `attention_mask`
-    [B, S] (0 marks padding, which is not counted). Raises ValueError if there is not a single token.
+    [B, S] (0 marks padding, which is not counted). Raises ValueError if there is not a single token, and where weights
+    or activations are not finite.
     """
+    check_weights(model.state_dict().items())
     geometry = geometry_of(model.config)
     layers = attention_layers(model)
     device = next(model.parameters()).device
@@ -104,15 +117,18 @@ def collect_statistics(model: Any, batches: Iterable[Any]) -> Statistics:
             mask = torch.ones_like(ids) if mask is None else mask
             kept[0] = mask.flatten().bool().to(device)
             tokens += int(kept[0].sum())
-            model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            run = partial(model.base_model, ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            states = run().last_hidden_state.flatten(0, 1)[kept[0]]
+            check_activations(states, whose_activations(model.config), model, run)
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
     if tokens == 0:
         raise ValueError("calibration text is empty: collect_statistics needs at least one batch with one token")
-    for total in sums:
+    for index, total in enumerate(sums):
         total.divide(tokens)
+        total.check(index)
     return Statistics(sums, tokens)
 
 
