@@ -42,7 +42,8 @@ class EvalConfig:
     tasks: list[str] = field(default_factory=list)  # empty: all that the source has, of LongBench v1's 21
     data_dir: str | None = None  # local: folder of <task>.jsonl
     limit: int | None = None  # rows per task; default: all there are, 50 of a builtin task
-    max_length: int | None = None  # prompt tokens kept by middle truncation; default: the model's window
+    # Prompt tokens kept by middle truncation; default: the model's window, for built-in rows at most 32,768 of it.
+    max_length: int | None = None
     batch_size: int = 4
     chat_template: ChatTemplate = ChatTemplate.off  # never on few-shot and code tasks, as in LongBench
     perplexity_tokens: int = 10240  # of the validation split, and of perplexity_text

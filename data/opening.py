@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, TextIO
 
 import pyarrow as pa
 
+from conf.errors import one_line
+
 BUFFER = 1 << 20
 MARKS = {  # the longer ones first: that of UTF-16 begins one of UTF-32
     codecs.BOM_UTF32_LE: "utf-32",
@@ -131,7 +133,3 @@ def plain(text: str) -> str:
     if "\0" in text:
         raise ValueError("holds NUL characters: not text, or UTF-16 without its byte order mark; store it as UTF-8")
     return valid(text)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -19,12 +19,13 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
+from conf.errors import one_line
 from conf.plan import Plan
 from conf.schema import Config, SourceConfig, SourceKind
 from data import builtin
 from data.chats import as_text, checked, require_template
 from data.documents import name_rank
-from data.opening import READ_ERRORS, is_compressed, one_line, plain, text_of, valid
+from data.opening import READ_ERRORS, is_compressed, plain, text_of, valid
 from data.rows import BadRow, MissingColumn, Row, json_rows, kind, parquet_rows, text_lines
 from data.skipped import FileRows, Skipped
 

@@ -15,6 +15,7 @@ from conf.steps import EveryStep
 from data.chats import Message, prompt
 from data.stops import end_tokens, pad_token, padded_left
 from data.tokens import check_ids, plain_ids
+from mha2mla.finite import FiniteScores
 
 TOGETHER = 32  # conversations generated as one batch
 LONGEST_QUESTION = 96  # tokens
@@ -109,6 +110,7 @@ class Speaker:
             attention_mask=mask,
             max_new_tokens=room,
             eos_token_id=ends or None,
+            logits_processor=[FiniteScores()],
             stopping_criteria=StoppingCriteriaList([EveryStep(lambda step: self.on_step(step, room), length)]),
         )
         return [self.said(row, stop) for row in output[:, length:].tolist()]

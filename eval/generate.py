@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteria
 from conf.steps import EveryStep
 from data.stops import padded_left
 from mha2mla import QuantizedLatentCache, cache_bytes
+from mha2mla.finite import FiniteScores
 
 ROPE_BITS = 8  # of the rotated key, where the latent is coded
 NewCache = Callable[[Any], Cache]  # an empty cache for a model
@@ -97,7 +98,7 @@ def generate(
 ) -> list[str]:
     """The outputs of one batch as text, without special tokens; adds the cache's bytes to `reading`.
 
-    `on_step` is told the number of tokens generated, after each.
+    `on_step` is told the number of tokens generated, after each. Raises ValueError where logits are not finite.
     """
     input_ids, mask = padded_left(prompts, stops.pad)
     longest = input_ids.shape[1]
@@ -118,6 +119,7 @@ def generate(
             input_ids.to(model.device),
             attention_mask=mask.to(model.device),
             past_key_values=cache,
+            logits_processor=[FiniteScores()],
             stopping_criteria=StoppingCriteriaList(criteria),
         )
     reading.add(cache, len(prompts))

@@ -5,13 +5,14 @@ consecutive and made without special tokens; windows of packed training rows end
 so that no token is predicted from another document.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
-import pyarrow.parquet as parquet
 import torch
+from pyarrow import dataset
 
 from mha2mla.output_head import IGNORED, next_token_losses, perplexity_of
 
@@ -35,7 +36,12 @@ def perplexity(model: Any, windows: Sequence[torch.Tensor], on_tokens: Callable[
                 on_tokens(sum(len(window) for window in group))
     if not count:
         raise ValueError("perplexity needs at least one window of two tokens")
-    return perplexity_of(total / count)
+    mean = total / count
+    if math.isnan(mean):
+        raise ValueError(
+            f"the model's logits are not finite ({model.dtype}): it has no perplexity; run it in bfloat16 or float32"
+        )
+    return perplexity_of(mean)
 
 
 def grouped(windows: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -70,14 +76,14 @@ def packed_windows(folder: Path, length: int, tokens: int) -> list[torch.Tensor]
     files = sorted(folder.glob("validation-*.parquet"))
     if not files:
         raise ValueError(f"{folder} holds no validation-*.parquet")
-    table = parquet.ParquetDataset(files).read(columns=["input_ids", "position_ids"])
+    split, columns = dataset.dataset(files, format="parquet"), ["input_ids", "position_ids"]
+    rows = split.count_rows()
+    row_tokens = max(len(split.head(1, columns=columns)["input_ids"][0]), 1)
+    wanted = min(max(round(tokens / row_tokens), 1), rows)
+    places = numpy.linspace(0, rows - 1, wanted).round().astype(int)
     pieces: list[torch.Tensor] = []
-    row_tokens = max(len(table["input_ids"][0]), 1)
-    wanted = min(max(round(tokens / row_tokens), 1), len(table))
-    for index in numpy.linspace(0, len(table) - 1, wanted).round().astype(int):
-        ids = torch.tensor(table["input_ids"][int(index)].as_py())
-        positions = torch.tensor(table["position_ids"][int(index)].as_py())
-        pieces += document_windows(ids, positions, length)
+    for row in split.take(places, columns=columns).to_pylist():
+        pieces += document_windows(torch.tensor(row["input_ids"]), torch.tensor(row["position_ids"]), length)
     if not pieces:
         raise ValueError(f"{folder}: no document of the validation split has {SHORTEST} tokens")
     return pieces

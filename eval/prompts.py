@@ -14,6 +14,8 @@ from data.chats import prompt as rendered
 from data.tokens import added_ids, begun_ids, plain_ids
 from eval.tasks import Row, Task
 
+LONGEST_MADE = 32_768  # tokens of a built-in row's prompt, where eval.max_length does not ask for more
+
 
 @dataclass
 class Prompt:
@@ -46,7 +48,8 @@ class Prompter:
         return limit
 
     def fits(self, task: Task, text: str) -> bool:
-        return len(self._ids(task, text)) <= self.limit(task)
+        """Whether a row that is made to fill the room does: without `max_length`, that of no endless window."""
+        return len(self._ids(task, text)) <= min(self.limit(task), self.max_length or LONGEST_MADE)
 
     def encode(self, task: Task, row: Row) -> Prompt:
         limit, text = self.limit(task), task.render(row)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.opening import READ_ERRORS, buffered, decoded, one_line, opened_text, valid
+from conf.errors import one_line
+from data.opening import READ_ERRORS, buffered, decoded, opened_text, valid
 from data.rows import BadRow, Spelled, ambiguous, kind, listed, whole_rows
 from eval.tasks import Row
 

@@ -25,7 +25,12 @@ def uniform(energies: list[torch.Tensor], rank: int) -> list[int]:
 
 def energy(energies: list[torch.Tensor], rank: int) -> list[int]:
     """Smallest sum of the layers' relative errors, the root of the share of energy that is lost."""
-    return greedy(energies, rank, lambda lost, at: float((lost[at] / lost[0]).sqrt() - (lost[at + 2] / lost[0]).sqrt()))
+    return greedy(energies, rank, lambda lost, at: share(lost, at) - share(lost, at + 2))
+
+
+def share(lost: torch.Tensor, at: int) -> float:
+    """Relative error at rank `at`; 0 in a layer of zeros."""
+    return float((lost[at] / lost[0].clamp_min(1e-300)).sqrt())
 
 
 def care(energies: list[torch.Tensor], rank: int) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mha2mla import allocation, basis, low_rank, partial_rope
 from mha2mla.families import attention_layers, family_of, geometry_of
+from mha2mla.finite import check_weights
 from mha2mla.layer import LayerReport, convert_layer, cut_layer
 from mha2mla.options import PER_HEAD, ConversionOptions, Geometry
 from mha2mla.self_check import self_check
@@ -99,13 +100,15 @@ def convert(
         activations to the report.
     on_layer: is told the index of every layer that was converted.
     Returns the converted model (same dtype, device and mode of training) and a report.
-    Raises ValueError for an unsupported family, for sizes that do not fit, and where calibration is missing.
+    Raises ValueError for an unsupported family, for sizes that do not fit, for weights that are not finite, and where
+    calibration is missing.
     """
     family, geometry = family_of(model.config), geometry_of(model.config)
     options = resolve_options(model.config, options)
     if needs_calibration(options) and calibration is None:
         wanting = ", ".join(needs_calibration(options))
         raise ValueError(f"{wanting}: looks at calibration text; pass calibration=collect_statistics(...)")
+    check_weights(model.state_dict().items())
     error = self_check(model)
     chosen, attentions, rotations = chosen_layers(model.config, options), attention_layers(model), rotations_of(model)
     ranks = allocate(model, options, calibration)

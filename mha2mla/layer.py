@@ -181,4 +181,5 @@ def relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
 def weighted(difference: torch.Tensor, whole: torch.Tensor, moment: torch.Tensor) -> float:
     """The same on real activations: ‖(W − Ŵ) x‖ against ‖W x‖ in the mean over x with moment E[x xᵀ]."""
     lost = ((difference @ moment) * difference).sum()
-    return float((lost / ((whole @ moment) * whole).sum()).clamp_min(0).sqrt())
+    energy = float(((whole @ moment) * whole).sum())
+    return (max(0.0, float(lost)) / energy) ** 0.5 if energy > 0 else 0.0

@@ -5,12 +5,14 @@ Shapes: B batch, S tokens from position 0 without padding, d hidden size.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from mha2mla.families import attention_layers
+from mha2mla.finite import check_activations, whose_activations
 from mha2mla.target import rotate_positions, slides
 from mha2mla.token_ids import known_ids
 
@@ -65,18 +67,22 @@ def surroundings(model: Any, index: int, states: torch.Tensor) -> dict[str, Any]
 
 
 def pass_layer(model: Any, index: int, states: torch.Tensor) -> Passed:
-    """Run layer `index` of a decoder on states [B, S, d]."""
+    """Run layer `index` of a decoder on states [B, S, d]; ValueError where they are not finite behind it."""
     seen: list[torch.Tensor] = []
 
     def hook(_attention: Any, inputs: Any, named: Any, output: Any) -> None:
         seen.extend((inputs[0] if inputs else named["hidden_states"], output[0]))
 
+    layer, around = model.layers[index], surroundings(model, index, states)
     handle = attention_layers(model)[index].register_forward_hook(hook, with_kwargs=True)
     try:
-        after = model.layers[index](states, **surroundings(model, index, states))
+        after = layer(states, **around)
     finally:
         handle.remove()
-    return Passed(seen[0], seen[1], after[0] if isinstance(after, tuple) else after)
+    after = after[0] if isinstance(after, tuple) else after
+    run = partial(layer, states, **around)
+    check_activations(after, whose_activations(model.config), layer, run, f"layers.{index}")
+    return Passed(seen[0], seen[1], after)
 
 
 def attention_input(model: Any, index: int, states: torch.Tensor) -> torch.Tensor:

@@ -136,6 +136,8 @@ def weighed(rows: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.T
     if weights.moment is None:
         return lw, torch.eye(rows.shape[1], dtype=lw.dtype, device=lw.device)
     c = weights.moment.double()
+    if not c.diagonal().mean() > 0:  # nothing but zeros came in: all directions alike, or the factors would be zero too
+        return lw, torch.eye(len(c), dtype=c.dtype, device=c.device)
     return lw, c + torch.eye(len(c), dtype=c.dtype, device=c.device) * (RIDGE * c.diagonal().mean())
 
 

@@ -5,6 +5,7 @@ are seen in (mha2mla/basis.py; with `rope_basis=heads` component j is key head j
 returns a boolean [F, G] with R / 2 pairs kept. Selected with `ConversionOptions.partial_rope`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -115,6 +116,7 @@ STRATEGIES: dict[str, Selection] = {
     "rotation-cost": rotation_cost,
 }
 NEEDS_CALIBRATION = {"2-norm", "rotation-cost"}
+TERMS = 40  # of a series whose terms fall by 0.4 or more: the rest is below float64's rounding
 
 
 def mean_rotation(frequencies: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -126,6 +128,47 @@ def mean_rotation(frequencies: torch.Tensor, weights: torch.Tensor) -> torch.Ten
 
 
 def rotation_loss(frequencies: torch.Tensor, context: int) -> torch.Tensor:
-    """E[2 − 2 cos Δθ] of every frequency, [F], over distances up to `context` with weights 1 / (1 + Δ)."""
-    weights = 1 / (1 + torch.arange(context, dtype=torch.float64))
-    return (2 - 2 * mean_rotation(frequencies, weights).real).float()
+    """E[2 − 2 cos Δθ] of every frequency, [F], over distances up to `context` with weights 1 / (1 + Δ).
+
+    ValueError for a context of no tokens.
+    """
+    if context < 1:
+        raise ValueError(f"a context of {context} tokens (max_position_embeddings) has no distances to rotate over")
+    angles = torch.cat((frequencies.double(), frequencies.new_zeros(1, dtype=torch.float64)))
+    sums = harmonic_sums(angles, context)
+    return (2 - 2 * (sums[:-1] / sums[-1].real).real).float()
+
+
+def harmonic_sums(angles: torch.Tensor, count: int) -> torch.Tensor:
+    """Σ exp(i(n − 1)θ) / n over n = 1 … count, complex [F], in some log₂(count) steps and to float64's rounding.
+
+    In a block of 2^s numbers from a ≥ 2^s on, with centre c and n = c (1 + r u), r ≤ 0.4 and |u| < 1, the factor 1 / n
+    is the series of (−r u)^k / c, and the moments Σ u^k exp(ijθ) of a block follow from those of its halves.
+    """
+    moments = moments_of_blocks(angles, count.bit_length())
+    total, start = torch.zeros_like(angles, dtype=torch.complex128), 1
+    while start <= count:
+        size = min(start, count + 1 - start).bit_length() - 1
+        centre = start + (2**size - 1) / 2
+        series = (-(2**size) / (2 * centre)) ** torch.arange(TERMS, dtype=torch.float64, device=angles.device)
+        total += (
+            torch.polar(torch.ones_like(angles), angles * (start - 1)) * (series.to(total) @ moments[size]) / centre
+        )
+        start += 2**size
+    return total
+
+
+def moments_of_blocks(angles: torch.Tensor, number: int) -> list[torch.Tensor]:
+    """Σ u^k exp(ijθ) over j = 0 … 2^s − 1, complex [TERMS, F], for so many s from 0 on; u runs from −1 to 1 over j."""
+    power = torch.arange(TERMS, dtype=torch.float64, device=angles.device)
+    below = power[:, None] - power  # k − i; u^k of either half is ((u ∓ 1) / 2)^k, its binomial series in u^i
+    choose = torch.lgamma(power + 1)[:, None] - torch.lgamma(power + 1) - torch.lgamma(below.clamp_min(0) + 1)
+    right = torch.where(below >= 0, (choose - power[:, None] * math.log(2)).exp(), 0.0)
+    left = torch.where(below % 2 == 0, right, -right)
+    found = [torch.zeros(TERMS, len(angles), dtype=torch.complex128, device=angles.device)]
+    found[0][0] = 1
+    for size in range(number - 1):
+        half = found[-1]
+        turned = half * torch.polar(torch.ones_like(angles), angles * 2**size)
+        found.append(left.to(half) @ half + right.to(half) @ turned)
+    return found

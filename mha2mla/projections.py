@@ -75,7 +75,8 @@ def read_norms(attention: Any, geometry: Geometry) -> Norms | None:
     if getattr(attention, "k_norm", None) is None:
         return None
     joint = is_joint(attention, geometry)
-    eps = float(getattr(attention.k_norm, "variance_epsilon", None) or attention.k_norm.eps)
+    norm = attention.k_norm
+    eps = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
     query = multipliers(attention.q_norm, eps).view(-1, geometry.head_dim).expand(geometry.num_heads, -1)
     key = multipliers(attention.k_norm, eps).view(-1, geometry.head_dim).expand(geometry.num_kv_heads, -1)
     return Norms(query.clone(), key.clone(), joint, eps)

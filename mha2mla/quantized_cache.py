@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mha2mla import quantization
 from mha2mla.families import latent_layers
+from mha2mla.finite import is_finite
 from mha2mla.quantization import Coded, Range
 from mha2mla.token_ids import known_ids
 
@@ -344,7 +345,7 @@ def calibrate_ranges(
     """Ranges of every channel of every layer's latent and rotated key, from the first `tokens` tokens of text.
 
     batches: input_ids [B, S] without padding. The first four tokens of a sequence are left out, as caches keep them
-    whole. Raises ValueError without text.
+    whole. Raises ValueError without text, and where latents are not finite.
     """
     found: list[list[list[torch.Tensor]]] = [[[], []] for _ in range(model.config.num_hidden_layers)]
     seen = 0
@@ -358,6 +359,8 @@ def calibrate_ranges(
             rope = layer.values[..., : model.config.rope_dim]  # without the scales of normed keys, which stay whole
             for slot, states in zip(slots, (layer.keys, rope), strict=True):
                 slot.append(states[:, 0, 4:].flatten(0, 1).float())
+                if not is_finite(slot[-1]):
+                    raise ValueError("the model's latents are not finite on the calibration text: no range holds them")
         seen += batch.numel()
     if not seen:
         raise ValueError("calibration text is empty: calibrate_ranges needs at least one batch")

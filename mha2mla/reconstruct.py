@@ -102,7 +102,8 @@ def pass_targets(teacher: Any, index: int, states: list[torch.Tensor]) -> tuple[
     for number, before in enumerate(states):
         passed = pass_layer(teacher, index, before)
         # An error matters by its share of the residual stream it is added to: the norm that follows divides by it.
-        found.scales.append(before.float().square().mean(-1, keepdim=True).rsqrt())
+        energy = before.float().square().mean(-1, keepdim=True)
+        found.scales.append(torch.where(energy > 0, energy.rsqrt(), 0.0))  # a token that is nothing yet counts nothing
         found.outputs.append(passed.outputs)
         inputs.append(passed.inputs)
         states[number] = passed.states

@@ -32,9 +32,7 @@ class Rotation:
 
     @cached_property
     def turn(self) -> torch.Tensor:
-        """[F], see `Pairs.turn`. The same for every layer, and long contexts make it large to compute.
-
-        Where nothing rotates pairs are kept by their energy alone."""
+        """[F], see `Pairs.turn`. Where nothing rotates pairs are kept by their energy alone."""
         if not self.frequencies.any():
             return torch.ones_like(self.frequencies)
         return partial_rope.rotation_loss(self.frequencies, self.context)

@@ -62,4 +62,5 @@ def check_layer(model: Any, index: int) -> float:
     expected, got = (
         module(hidden, position_embeddings=(cos, sin), attention_mask=mask)[0] for module in (original, converted)
     )
-    return float((got - expected).norm() / expected.norm())
+    # A layer that gives nothing (a new block's output projection is zero) is compared with what comes in.
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-6 * hidden.norm()))

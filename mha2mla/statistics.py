@@ -5,11 +5,13 @@ Only sums are kept, on the model's own device: O(d²) numbers a layer, whatever 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 
 from mha2mla.families import attention_layers, geometry_of
+from mha2mla.finite import check_activations, check_weights, is_finite, whose_activations
 from mha2mla.options import Geometry
 from mha2mla.projections import query_and_key
 from mha2mla.token_ids import known_ids
@@ -63,6 +65,15 @@ class LayerStatistics:
             if getattr(self, item.name) is not None:
                 getattr(self, item.name).div_(tokens)
 
+    def check(self, index: int) -> None:
+        """ValueError if a moment of layer `index`, whose activations are finite, is not."""
+        moments = [getattr(self, item.name) for item in fields(self)]
+        if not all(is_finite(moment) for moment in moments if moment is not None):
+            raise ValueError(
+                f"activations in layer {index}'s attention are finite but too large to square in float32 (beyond about "
+                "1e19): no statistics can be made of them; the checkpoint is broken, or not of its configuration"
+            )
+
 
 @dataclass
 class Statistics:
@@ -80,8 +91,10 @@ def collect_statistics(
 
     batches: tensors of input_ids [B, S], or mappings with `input_ids` and, for padded text, `attention_mask`
     [B, S] (0 marks padding, which is not counted). `on_tokens` is told how many tokens each batch had.
-    Raises ValueError if there is not a single token, or one that the model does not embed.
+    Raises ValueError if there is not a single token, or one that the model does not embed, and where weights or
+    activations are not finite.
     """
+    check_weights(model.state_dict().items())
     geometry = geometry_of(model.config)
     layers = attention_layers(model)
     device = next(model.parameters()).device
@@ -108,7 +121,9 @@ def collect_statistics(
             ids, mask = known_ids(model, ids, mask), torch.ones_like(ids) if mask is None else mask
             kept[0] = mask.flatten().bool().to(device)
             found = int(kept[0].sum())
-            model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            run = partial(model.base_model, ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            states = run().last_hidden_state.flatten(0, 1)[kept[0]]
+            check_activations(states, whose_activations(model.config), model, run)
             tokens += found
             if on_tokens:
                 on_tokens(found)
@@ -118,8 +133,9 @@ def collect_statistics(
             handle.remove()
     if tokens == 0:
         raise ValueError("calibration text is empty: collect_statistics needs at least one batch with one token")
-    for total in sums:
+    for index, total in enumerate(sums):
         total.divide(tokens)
+        total.check(index)
     return Statistics(sums, tokens)
 
 

@@ -23,6 +23,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from mha2mla.compare import Comparison, Tally
 from mha2mla.convert import ConversionReport, conversion_report, needs_calibration, resolve_options
 from mha2mla.families import attention_layers, family_of, geometry_of
+from mha2mla.finite import check_weights
 from mha2mla.layer import LayerReport, convert_layer
 from mha2mla.layerwise import embed, pass_layer
 from mha2mla.memory import hand_back
@@ -84,7 +85,8 @@ def convert_streamed(
     on_layer: is told of every layer, also of those that an earlier run finished.
     forget: remove what a restart needs when all is done; else `forget_progress` does.
     The result is what `convert` and `reconstruct` give on the whole model, to rounding.
-    Raises ValueError for missing or broken files, and for rank_allocation other than uniform.
+    Raises ValueError for missing or broken files, for weights and activations that are not finite, and for
+    rank_allocation other than uniform.
     """
     job = start(Path(source), output, options, steps, learning_rate, device)
     if needs_calibration(job.options) and not calibration:
@@ -98,6 +100,7 @@ def convert_streamed(
     else:
         for leftover in output.glob("model*.safetensors*"):
             leftover.unlink()
+        check_weights((name, job.shards.read(name)) for name in job.shards.files)  # once, not for every restart
         write_rest(job)
         texts = first_states(job, [calibration, heldout])
     for index in range(layers):
@@ -197,7 +200,7 @@ def convert_one(job: Job, index: int, texts: list[Text], progress: Progress) -> 
     state, latent = layer.state_dict(), index in chosen_layers(config, job.options)
     if latent:
         original, own = attention_layers(teacher)[index], f"{family_of(config).attention_name}."
-        statistics, rotation = statistics_of(original, inputs, geometry), job.rotations[index]
+        statistics, rotation = statistics_of(original, inputs, geometry, index), job.rotations[index]
         with torch.autocast(torch.device(job.device).type, enabled=False):
             if index in first_of_every_kind(teacher):
                 progress.error = max(progress.error, require_exact(check_layer(teacher, index), config.model_type))
@@ -225,7 +228,7 @@ def convert_one(job: Job, index: int, texts: list[Text], progress: Progress) -> 
     return fit
 
 
-def statistics_of(attention: Any, inputs: list[torch.Tensor], geometry: Any) -> LayerStatistics | None:
+def statistics_of(attention: Any, inputs: list[torch.Tensor], geometry: Any, index: int) -> LayerStatistics | None:
     """The same as `collect_statistics` has of this layer; None without text."""
     if not inputs:
         return None
@@ -234,6 +237,7 @@ def statistics_of(attention: Any, inputs: list[torch.Tensor], geometry: Any) -> 
         for states in inputs:
             statistics.observe(attention, states.flatten(0, 1), geometry)
     statistics.divide(sum(states.shape[0] * states.shape[1] for states in inputs))
+    statistics.check(index)
     return statistics
 
 

@@ -1,10 +1,12 @@
 """What a conversion builds: the layers it takes, the converted model's configuration, and the model itself."""
 
+import math
 from typing import Any
 
 import torch
 
 from mha2mla.families import family_of, geometry_of
+from mha2mla.finite import is_finite
 from mha2mla.options import ConversionOptions
 from mha2mla.projections import output_projection, read_projections
 from mha2mla.rotation import Rotation, shares_rotated_key
@@ -42,6 +44,8 @@ def rotations(rotary: Any, config: Any) -> list[Rotation]:
         prefix = f"{name}_" if name else ""
         frequencies = getattr(rotary, f"{prefix}inv_freq").float()
         scale = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+        if not is_finite(frequencies) or not math.isfinite(scale):
+            raise ValueError(f"rotary frequencies are not finite with rope_parameters={config.rope_parameters}")
         if not rotates:
             frequencies, scale = torch.zeros_like(frequencies), 1.0
         found[kind] = Rotation(frequencies, scale, context)

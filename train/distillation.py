@@ -77,6 +77,8 @@ def relative_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], kee
     total = torch.zeros((), device=keep.device)
     for ours, theirs in zip(student, teacher, strict=True):
         wanted = theirs.float()
-        errors = (ours.float() - wanted).square().sum(-1) / wanted.square().sum(-1)  # [B, T]
+        size = wanted.square().sum(-1)
+        size = size.masked_fill(size == 0, torch.inf)  # an error has no share of nothing
+        errors = (ours.float() - wanted).square().sum(-1) / size  # [B, T]
         total = total + (errors * keep).sum()
     return total / len(teacher)

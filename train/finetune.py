@@ -41,7 +41,7 @@ from data.tokens import check_ids
 from data.windows import text_windows
 from mha2mla.output_head import perplexity_of, rows_of, token_losses
 from train.batches import PackedRows, TextRows, TrainingOrder, micro_batch, mix_seed
-from train.checkpoint import load_checkpoint, save_checkpoint, without_wrappers
+from train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, without_wrappers
 from train.launch import start
 from train.losses import check_loss, loss_function
 from train.model import save_model, trainable_model
@@ -126,10 +126,12 @@ def finetune(
     def validate() -> None:
         number = max(1, config.eval_tokens // validation_rows.length)
         loss = validation_loss(accelerator, model, validation_rows, number, config.micro_batch_size, display)
+        check_validation(progress, loss, "validation text", output / "checkpoints")
         row = progress.log_validation(loss, perplexity_of(loss))
         shown = f"step {progress.step}/{steps}  validation perplexity {row['perplexity']:.3f}"
         if text is not None:
             loss = validation_loss(accelerator, model, text, len(text), config.micro_batch_size, display)
+            check_validation(progress, loss, text.name, output / "checkpoints")
             row["text_perplexity"] = perplexity_of(loss)
             shown += f", {text.name} {row['text_perplexity']:.3f}"
         record(row, "validation")
@@ -163,7 +165,7 @@ def finetune(
             display.note(f"step {step + 1}/{steps}, micro-batch {index + 1} of {micro_batches}")
         grad_norm = clip(accelerator, model, config.max_grad_norm)
         total = float(accelerator.reduce(loss_sum, "sum"))
-        check_finite(step, total / targets, grad_norm, accelerator.mixed_precision)
+        check_finite(progress, total / targets, grad_norm, accelerator.mixed_precision, output / "checkpoints")
         optimizer.step()
         optimizer.zero_grad()
 
@@ -229,13 +231,36 @@ def number_of_steps(config: FinetuneConfig, order: TrainingOrder, rows: PackedRo
     return steps
 
 
-def check_finite(step: int, loss: float, grad_norm: float, mixed_precision: str) -> None:
+def check_finite(progress: Progress, loss: float, grad_norm: float, mixed_precision: str, folder: Path) -> None:
     """Stop before a broken step reaches the weights (in fp16 the gradient scaler skips overflowing steps itself)."""
     if not math.isfinite(loss) or (not math.isfinite(grad_norm) and mixed_precision != "fp16"):
+        found = f"in step {progress.step + 1} (loss {loss}, gradient norm {grad_norm})"
+        if not progress.step:
+            raise ValueError(f"training cannot begin {found}: numbers of the model or of its teacher are not finite")
         raise ValueError(
-            f"training diverged in step {step + 1} (loss {loss}, gradient norm {grad_norm}); "
-            "lower finetune.learning_rate or raise finetune.warmup_fraction"
+            f"training diverged {found}; lower finetune.learning_rate or raise finetune.warmup_fraction; "
+            + last_checkpoint(folder)
         )
+
+
+def check_validation(progress: Progress, loss: float, name: str, folder: Path) -> None:
+    """Stop where a loss of validation is no number: before training the model is broken, later the training."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the model's loss on {name} is {loss} after {progress.step} steps: "
+            + (
+                "its weights or activations are not finite; make it again with `make convert ARGS=force=true`, in "
+                "bfloat16 or float32 (model.dtype)"
+                if not progress.step
+                else f"training diverged; {last_checkpoint(folder)}"
+            )
+        )
+
+
+def last_checkpoint(folder: Path) -> str:
+    """What a training that is started again goes on from."""
+    found = checkpoints(folder)
+    return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
 @torch.no_grad()

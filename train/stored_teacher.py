@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from conf.progress import counted
 from conf.schema import FinetuneConfig
 from conf.stage import appearing, digest
+from mha2mla.finite import is_finite
 from mha2mla.output_head import chunks
 from train.batches import PackedRows
 from train.distillation import teach
@@ -73,6 +74,8 @@ def write(folder: Path, rows: PackedRows, config: FinetuneConfig, teacher: nn.Mo
         indices = list(range(first, min(first + config.micro_batch_size, len(rows))))
         batch = {name: value.to(accelerator.device) for name, value in rows.batch(indices).items()}
         values, best = top_k(teacher, batch, config)
+        if not is_finite(values):
+            raise ValueError("the teacher's logits are not finite on the training rows: nothing can be learnt from it")
         found[indices], tokens[indices] = values.cpu().numpy(), best.cpu().numpy()
     tokens.flush()
     found.flush()

@@ -153,6 +153,13 @@ def test_a_question_ends_where_the_template_begins_the_answer(tmp_path: Path, mo
     assert len(asked) > 10 and all("w9" not in question.split() for question in asked)
 
 
+def test_a_model_without_numbers_says_nothing(tmp_path: Path) -> None:
+    speaker = speaker_of(chat_model(tmp_path))
+    speaker.model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite after 1 tokens"):
+        speaker.conversations(0)
+
+
 def test_settings_of_the_checkpoint_do_not_narrow_what_is_said(tmp_path: Path) -> None:
     config = chat_model(tmp_path)
     before = speaker_of(config).conversations(0)

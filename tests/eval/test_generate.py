@@ -103,3 +103,10 @@ def test_stop_rules():
 def test_batches_go_from_long_to_short_and_lose_nothing():
     assert list(batches([3, 9, 9, 1, 5], 2)) == [[1, 2], [4, 0], [3]]
     assert until([5, 6, 2, 7, 2], {2}) == [5, 6] and until([5], {2}) == [5]
+
+
+def test_nothing_is_generated_from_logits_that_are_not_finite():
+    tiny = model()
+    tiny.lm_head.weight.data[7, 3] = float("nan")  # the score of one token: greedily it would be said for ever
+    with pytest.raises(ValueError, match="logits are not finite after 20 tokens"):
+        generate(tiny, tokenizer(), prompts(20), 4, STOPS, CacheReading())

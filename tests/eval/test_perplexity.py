@@ -106,3 +106,41 @@ def test_no_token_is_predicted_from_another_document(tmp_path):
     assert apart == pytest.approx(plain(tiny, [first, second]), rel=1e-5)
     # A control: across the boundary it is another number.
     assert abs(plain(tiny, [torch.cat([first, second])]) / apart - 1) > 1e-3
+
+
+def test_a_model_whose_logits_are_not_finite_has_no_perplexity():
+    tiny = model()
+    tiny.lm_head.weight.data[7, 3] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite .*run it in bfloat16 or float32"):
+        perplexity(tiny, windows(20))
+
+
+def test_of_a_large_text_only_the_wanted_part_is_read(tmp_path: Path) -> None:
+    text = "\n".join(f"Line {number} of a text that goes on and on." for number in range(20_000))
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    whole, read = tokenizer()(text, add_special_tokens=False)["input_ids"], []
+
+    def reading(part: str, **options: bool) -> dict[str, list[int]]:
+        read.append(len(part))
+        return tokenizer()(part, **options)
+
+    for tokens in (64, 3000, 10**9):
+        read.clear()
+        found = torch.cat(text_windows(reading, file, 32, tokens)).tolist()
+        assert found == whole[: min(tokens, len(whole)) // 32 * 32]
+        assert (max(read) == len(text)) == (tokens == 10**9)
+        assert tokens > 64 or max(read) < len(text) / 50
+
+
+def test_of_a_split_only_the_rows_taken_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows spread over all files, as if these were one table."""
+    ids = torch.arange(40 * 32).view(40, 32)
+    positions = torch.arange(32).expand(40, 32)
+    for number, part in enumerate(ids.split(16)):
+        table = pa.table({"input_ids": part.tolist(), "position_ids": positions[: len(part)].tolist()})
+        pq.write_table(table, tmp_path / f"validation-{number:05d}-of-00003.parquet", row_group_size=5)
+    monkeypatch.setattr(pq.ParquetDataset, "read", None)
+    found = packed_windows(tmp_path, 32, 7 * 32)
+    assert [int(window[0]) // 32 for window in found] == [0, 6, 13, 20, 26, 32, 39]
+    assert all(len(window) == 32 for window in found)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from eval.builtin import builtin_rows
 from eval.prompts import Prompter, prompts_digest
 from eval.tasks import builtin_tasks, longbench_tasks
 from tests.eval.tiny import WINDOW, tokenizer
@@ -65,3 +66,17 @@ def test_the_digest_knows_order_and_bounds():
     short = dataclasses.replace(QA, prompt="{{context}}")
     a, b, ab = (prompter.encode(short, ROW | {"context": text}) for text in ("one", "two", "onetwo"))
     assert len({prompts_digest(each) for each in ([a, b], [b, a], [ab], [a])}) == 4
+
+
+def test_rows_that_are_made_do_not_grow_with_an_endless_window(monkeypatch):
+    monkeypatch.setattr("eval.prompts.LONGEST_MADE", 500)
+    passkey = builtin_tasks()["passkey"]
+    lengths = {}
+    for max_length in (None, 900):
+        prompter = Prompter(tokenizer(), 10_000_000, max_length)
+        rows = builtin_rows(passkey, 4, 0, lambda text: prompter.fits(passkey, text))  # noqa: B023
+        lengths[max_length] = max(len(prompter.encode(passkey, row).ids) for row in rows)
+    assert 300 < lengths[None] <= 500 < lengths[900] <= 900
+    # A row that is given is not cut for it.
+    assert not Prompter(tokenizer(), 10_000_000).encode(QA, ROW).truncated
+    assert len(Prompter(tokenizer(), 10_000_000).encode(QA, ROW).ids) > 500

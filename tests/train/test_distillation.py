@@ -13,6 +13,7 @@ from mha2mla import ConversionOptions, output_head
 from tests.train.test_finetune_loop import Runs
 from tests.train.tiny import VOCAB, write_data, write_model
 from train.batches import PackedRows
+from train.distillation import relative_error
 from train.losses import LOSSES, cross_entropy, loss_function
 from train.rowwise import sum_over_rows
 from train.targets import IGNORE, Batch, forward
@@ -246,3 +247,11 @@ def test_cross_entropy_in_validation_keeps_no_gradient(student, batch):
         loss, _ = cross_entropy(student, batch)
     assert not loss.requires_grad
     assert close(loss, plain_loss(CONFIGS["ce"], student, student, batch).detach(), 1e-6)
+
+
+def test_states_of_zeros_have_no_relative_error_and_no_gradient() -> None:
+    student = (torch.ones(1, 3, 4, requires_grad=True),)
+    teacher = (torch.ones(1, 3, 4).mul_(torch.tensor([2.0, 0.0, 1.0])[:, None]),)
+    error = relative_error(student, teacher, torch.ones(1, 3, dtype=torch.bool))
+    error.backward()
+    assert float(error.detach()) == 0.25 and student[0].grad is not None and student[0].grad[0, 1:].eq(0).all()

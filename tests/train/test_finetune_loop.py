@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.schema import Device, FinetuneConfig, LaunchConfig, LoraConfig, Precision, Trainable
@@ -17,6 +17,7 @@ from tests.train.tiny import VOCAB, write_data, write_model
 from train.batches import TextRows
 from train.finetune import finetune
 from train.launch import start
+from train.losses import cross_entropy
 
 
 def settings(**changes) -> FinetuneConfig:
@@ -210,6 +211,37 @@ def test_settings_that_cannot_work(runs, changes, message):
     assert not (runs.root / "out" / "config.json").exists()
 
 
+def test_a_training_that_diverges_names_the_last_checkpoint(runs, monkeypatch):
+    with pytest.raises(ValueError, match="training diverged in step 2 .*; there is no checkpoint yet$"):
+        runs("none", learning_rate=1e30, save_every=5)
+    seen = []
+
+    def late(model, batch):
+        seen.append(len(seen))
+        return [cross_entropy(model, batch)[0] * (torch.nan if len(seen) > 8 else 1), None]  # two of a step
+
+    monkeypatch.setattr("train.finetune.loss_function", lambda config, teacher: late)
+    last = runs.root / "late" / "checkpoints" / "step-000003"
+    with pytest.raises(ValueError, match=f"training diverged in step 5 .loss nan.*; the last checkpoint is {last}$"):
+        runs("late", save_every=3)
+    assert [path.name for path in last.parent.iterdir()] == ["step-000003"]
+    assert all(weight.isfinite().all() for weight in load_file(last / "model.safetensors").values())
+
+
+def test_a_model_or_teacher_without_numbers_is_not_trained_on(runs):
+    weights = load_file(runs.model_dir / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    runs.teacher = AutoModelForCausalLM.from_pretrained(runs.model_dir).eval().requires_grad_(False)
+    runs.teacher.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="training cannot begin in step 1 .*of the model or of its teacher"):
+        runs("taught", loss="kd")
+    runs.teacher = None
+    save_file(weights, runs.model_dir / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the model's loss on validation text is nan after 0 steps: .*make convert"):
+        runs("out")
+    assert not (runs.root / "out" / "history.json").exists()
+
+
 def test_a_truncated_checkpoint_is_refused(runs):
     file = runs.model_dir / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -218,8 +250,6 @@ def test_a_truncated_checkpoint_is_refused(runs):
 
 
 def test_a_checkpoint_without_one_weight_is_refused(runs):
-    from safetensors.torch import save_file
-
     weights = load_file(runs.model_dir / "model.safetensors")
     weights.pop("model.layers.1.self_attn.o_proj.weight")
     save_file(weights, runs.model_dir / "model.safetensors", metadata={"format": "pt"})

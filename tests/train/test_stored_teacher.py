@@ -103,6 +103,14 @@ def test_the_teacher_is_asked_once_for_runs_that_agree(data: Path, teacher: PreT
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_teacher_without_numbers_is_not_stored(data: Path, tmp_path: Path) -> None:
+    broken = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "teacher"))
+    broken.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="the teacher's logits are not finite on the training rows"):
+        stored(data, FinetuneConfig(loss="kd", teacher_top_k=4), broken, tmp_path)
+    assert not list(tmp_path.glob("teacher-*"))
+
+
 def test_a_training_without_its_teacher_in_memory(tmp_path: Path) -> None:
     losses = {}
     for name, more in {"asked": [], "stored": [f"finetune.teacher_top_k={VOCAB}"]}.items():
