@@ -5,7 +5,6 @@ consecutive and made without special tokens; windows of packed training rows end
 so that no token is predicted from another document.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,7 @@ def perplexity(model: Any, windows: Sequence[torch.Tensor], on_tokens: Callable[
                 on_tokens(sum(len(window) for window in group))
     if not count:
         raise ValueError("perplexity needs at least one window of two tokens")
-    mean = total / count
-    if math.isnan(mean):
-        raise ValueError(
-            f"the model's logits are not finite ({model.dtype}): it has no perplexity; run it in bfloat16 or float32"
-        )
-    return perplexity_of(mean)
+    return perplexity_of(total / count)
 
 
 def grouped(windows: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -7,7 +7,6 @@ Shapes: B sequences, T tokens, N = B * T rows, n of them at a time, V vocabulary
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -120,9 +119,11 @@ def next_token_losses(model: Any, ids: Tensor, labels: Tensor | None = None, **i
 
 
 def perplexity_of(loss: float) -> float:
-    """exp of a mean loss: inf where that is too large for a number; NaN stays NaN, and is warned of."""
+    """exp of a mean loss: inf where that is too large for a number. ValueError for a loss that is none."""
     if math.isnan(loss):
-        warnings.warn("a loss is not a number: the model's logits are NaN or infinite on this text", stacklevel=2)
+        raise ValueError(
+            "the model's logits are not finite on this text: it has no perplexity; run it in bfloat16 or float32"
+        )
     try:
         return math.exp(loss)
     except OverflowError:

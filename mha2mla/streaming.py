@@ -100,7 +100,7 @@ def convert_streamed(
     else:
         for leftover in output.glob("model*.safetensors*"):
             leftover.unlink()
-        check_weights((name, job.shards.read(name)) for name in job.shards.files)  # once, not for every restart
+        check_weights((name, job.shards.read(name)) for name in job.shards.stored)  # once, not for every restart
         write_rest(job)
         texts = first_states(job, [calibration, heldout])
     for index in range(layers):
