@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import mha2mla  # noqa: F401  registers the classes of converted models
 from conf.errors import one_line
 from conf.models import check_files
+from mha2mla.token_ids import without_negative_pad
 
 AGAIN = "make it again with `make convert ARGS=force=true`"
 NOT_OURS = "get that checkpoint again"
@@ -55,4 +56,5 @@ def load_model(
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise ValueError(f"{path} {verb} {len(names)} weight{'s' * (len(names) > 1)} ({shown}); {remedy}")
     complete: PreTrainedModel = model
+    without_negative_pad(complete.generation_config)
     return complete.to(device).eval()  # type: ignore[arg-type]

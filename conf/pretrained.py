@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 import mha2mla  # noqa: F401  registers the classes of converted models
 from conf.errors import one_line
 from conf.models import check_files
+from mha2mla.token_ids import without_negative_pad
 
 # The largest that a configuration may say: ten times what any model has, and little enough to be looped over.
 LARGEST = {
@@ -76,7 +77,7 @@ def load_generation_config(path: str | Path, revision: str | None = None) -> Gen
 
     def read() -> GenerationConfig | None:
         try:
-            found = GenerationConfig.from_pretrained(path, revision=revision or "main")
+            found = without_negative_pad(GenerationConfig.from_pretrained(path, revision=revision or "main"))
         except OSError:
             if (Path(path) / "generation_config.json").exists():
                 raise

@@ -67,9 +67,14 @@ def start(config: Config, stage: Stage, settings: dict[str, Any]) -> Any:
     wanted = config.tracking.mode
     if wanted is TrackingMode.none:
         return None
-    for mode, otherwise in ((wanted, "offline"), (TrackingMode.offline, "without it")):
+    run_id = f"{stage.name}-{stage.key}"
+    # W&B may hold on to the id of a run that did not start: the second attempt has one of its own.
+    for mode, own, otherwise in (
+        (wanted, run_id, "offline"),
+        (TrackingMode.offline, f"{run_id}-offline", "without it"),
+    ):
         try:
-            return init(config, stage, settings, wandb_mode(mode))
+            return init(config, stage, settings, wandb_mode(mode), own)
         except Exception as error:
             print(f"{stage.name}: W&B failed ({one_line(error)}); going on {otherwise}", flush=True)
             forget_session()
@@ -114,7 +119,7 @@ def drop_refused_variables() -> list[str]:
     return refused
 
 
-def init(config: Config, stage: Stage, settings: dict[str, Any], mode: str) -> Any:
+def init(config: Config, stage: Stage, settings: dict[str, Any], mode: str, run_id: str) -> Any:
     if mode == "disabled":
         return None
     import wandb
@@ -132,7 +137,7 @@ def init(config: Config, stage: Stage, settings: dict[str, Any], mode: str) -> A
         entity=config.tracking.entity,
         dir=str(stage.folder),
         mode=mode,  # type: ignore[arg-type]  # one of its words
-        id=f"{stage.name}-{stage.key}",
+        id=run_id,
         resume="allow" if online and mode != "shared" else None,
         name=f"{config.model.name}/{config.name}/{stage.name}",
         group=f"{config.model.name}/{config.name}",

@@ -35,6 +35,7 @@ from mha2mla.self_check import check_layer, first_of_every_kind, require_exact
 from mha2mla.shards import Shards, without_weights, write_index, write_shard
 from mha2mla.statistics import LayerStatistics
 from mha2mla.target import chosen_layers, converted_config, rotations_of
+from mha2mla.token_ids import without_negative_pad
 
 STATE = "unfinished"  # folder of what a restart needs
 PROGRESS = "progress.json"
@@ -338,7 +339,7 @@ def finish(job: Job) -> None:
     job.own_config.architectures, job.own_config.dtype = [type(job.student).__name__], job.shards.dtype
     custom_object_save(job.student, job.output, config=job.own_config)
     if (job.source / "generation_config.json").exists():
-        GenerationConfig.from_pretrained(job.source).save_pretrained(job.output)
+        without_negative_pad(GenerationConfig.from_pretrained(job.source)).save_pretrained(job.output)
     job.own_config.save_pretrained(job.output)
 
 

@@ -5,6 +5,14 @@ from typing import Any
 import torch
 
 
+def without_negative_pad(settings: Any) -> Any:
+    """The same generation settings, without a pad of -1, as early Llama checkpoints have: it says that there is none, and
+    transformers refuses to save it."""
+    if isinstance(pad := getattr(settings, "pad_token_id", None), int) and pad < 0:
+        settings.pad_token_id = None
+    return settings
+
+
 def known_ids(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The same input_ids [B, S], with a token that every model has where a mask [B, S] is 0: padding may be any number.
 

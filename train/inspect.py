@@ -24,10 +24,11 @@ from mha2mla import ConversionOptions, native, resolve_options, served
 from mha2mla.convert import TABLES
 from mha2mla.families import attention_layers, family_of, geometry_of
 from mha2mla.target import chosen_layers, converted_config
-from train.resources import H100, TWO_CORES, conversion, count, healing
+from train.resources import H100, NO_BFLOAT16, TWO_CORES, conversion, count, healing
 
 REDUCTIONS = (0.5, 0.6875, 0.8125, 0.875)
 BYTES = 2  # of a cached number
+MACHINES = (TWO_CORES, NO_BFLOAT16, H100)
 
 
 def inspect(path: str, reductions: list[float]) -> dict[str, Any]:
@@ -35,6 +36,8 @@ def inspect(path: str, reductions: list[float]) -> dict[str, Any]:
     if not all(0 < reduction < 1 for reduction in reductions):
         raise ValueError(f"--reductions {reductions}: cuts of the cache lie between 0 and 1")
     config = read_config(path)
+    if path.startswith(PACKAGE):
+        config.dtype = torch.float32  # what its file is unpacked to
     family, model = family_of(config), skeleton(path, config)
     geometry = geometry_of(config)
     kinds = {geometry.num_heads: "multi-head (MHA)", 1: "multi-query (MQA)"}
@@ -55,7 +58,7 @@ def inspect(path: str, reductions: list[float]) -> dict[str, Any]:
         "cache_bytes_per_token": BYTES * geometry.cache_size * sizes.layers,
         "budgets": budgets,
         "strategies": strategies(config),
-        "conversion": {each.name: conversion(config, sizes, 16384, 40, 1024, each) for each in (TWO_CORES, H100)},
+        "conversion": {each.name: conversion(config, sizes, 16384, 40, 1024, each) for each in MACHINES},
         "healing": {
             "2 CPU cores, 65,536 tokens, attention": healing(sizes, 65536, 2, 512, TWO_CORES, trainable="attention"),
             "1 H100, 10 M tokens": healing(sizes, 1e7, 4, 2048, H100),

@@ -9,7 +9,7 @@ factor of two. d hidden size, L layers, P parameters, N processes.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conf.stage import provenance
 from mha2mla.families import attention_layers, geometry_of
+from train.rowwise import ROWS
 
 GIB = 2**30
 BF16, FP32 = 2, 4
@@ -25,19 +26,26 @@ UTILISATION = 0.10  # share of a GPU's peak that healing reached with sdpa and p
 PROGRAM = 1.0  # GiB that Python, torch and transformers take themselves
 STEP = 0.01  # seconds that a step of reconstruction takes however small the layer
 EIGENVALUES, PRODUCTS = 25, 6  # times n³ and n d² multiplications a layer in float64, n rows of keys and values
+MOVED = 100  # times that a step of reconstruction reads or writes all queries, keys and values
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What computes: rates in multiplications and additions a second, of products as in training and in float64."""
+    """What computes, with nothing else to do: rates in multiplications and additions a second, of products in bfloat16
+    as in training, in float32 and in float64, and bytes moved a second."""
 
     name: str
+    kind: str  # torch's name of such a device
     rate: float
+    float32: float
     float64: float
+    bandwidth: float
 
 
-H100 = Machine("H100", 989e12 * UTILISATION, 20e12)
-TWO_CORES = Machine("2 CPU cores", 0.19e12, 0.06e12)  # fits default_run.json and streamed.json in docs/results
+H100 = Machine("H100", "cuda", 989e12 * UTILISATION, 67e12 * UTILISATION, 20e12, 2e12)
+# These fit default_run.json and streamed.json in docs/results.
+TWO_CORES = Machine("2 CPU cores", "cpu", 0.19e12, 0.06e12, 0.06e12, 10e9)
+NO_BFLOAT16 = replace(TWO_CORES, name="2 CPU cores without bfloat16", rate=TWO_CORES.float32, float64=0.03e12)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class Sizes:
     layers: int
     hidden: int
     vocabulary: int
+
+    @property
+    def active_layers(self) -> int:
+        """Parameters of all layers that a token passes, without embedding and output layer."""
+        return self.active - (self.total - self.layers * self.layer)
 
 
 def sizes_of(config: Any) -> Sizes:
@@ -89,24 +102,37 @@ def count(model: Any) -> Sizes:
 def conversion(config: Any, sizes: Sizes, tokens: int, steps: int, length: int, machine: Machine) -> dict[str, float]:
     """Peak memory in GiB with the whole model in memory and layer by layer, and seconds.
 
-    tokens: calibration; steps: of reconstruction, a layer, one sequence of `length` tokens each.
+    tokens: calibration; both models are compared on an eighth as many, at least a sequence. steps: of reconstruction, a
+    layer, one sequence of `length` tokens each.
     """
-    d = sizes.hidden
+    d, head = sizes.hidden, sizes.vocabulary * sizes.hidden
+    geometry = geometry_of(config)
     moments = FP32 * d * d
     states = tokens * d * BF16
     # A layer is fitted in float32 with gradients and Adam's moments; its inputs and targets stand beside the states.
     fitting = 5 * FP32 * sizes.attention + (4 * states if steps else 0)
-    measured = 2 * length * sizes.vocabulary * (BF16 + FP32)  # logits of both models, for their perplexities
-    whole = 2 * sizes.stored * sizes.total + sizes.layers * moments + max(fitting, measured)
-    streamed = 2 * sizes.stored * sizes.layer + sizes.stored * sizes.embedding + 4 * moments + fitting
-    passes = 2 * sizes.active * tokens * (3 if steps else 1)  # statistics; both models' states
+    # Of some rows at a time: logits of both models, their logarithms of probabilities, and the divergence's terms.
+    compared = min(length, ROWS[machine.kind]) * sizes.vocabulary * (2 * sizes.stored + 3 * FP32)
+    tied = sizes.stored * sizes.embedding  # which stands twice while the converted model is put together
+    whole = 2 * sizes.stored * sizes.total + sizes.layers * moments + max(fitting, compared, tied)
+    streamed = 2 * sizes.stored * sizes.layer + 4 * moments + tied + max(fitting, compared)
+    passes = 2 * sizes.active_layers * tokens * (3 if steps else 1)  # statistics; both models' states
     trained = 6 * sizes.attention * steps * length * sizes.layers
-    rows = 2 * geometry_of(config).key_size
+    heldout = max(tokens // 8, length)
+    comparisons = 2 * 2 * (sizes.active_layers + head) * heldout * (2 if steps else 1)  # not under autocast
+    moved = MOVED * FP32 * 3 * geometry.num_heads * geometry.head_dim * steps * length * sizes.layers
+    rows = 2 * geometry.key_size
     factored = sizes.layers * (EIGENVALUES * rows**3 + PRODUCTS * rows * d**2)
+    seconds = {
+        "products": (passes + trained) / machine.rate,
+        "comparisons": comparisons / (machine.rate if sizes.stored == BF16 else machine.float32),
+        "moved": moved / machine.bandwidth + STEP * steps * sizes.layers,
+        "factored": factored / machine.float64,
+    }
     return {
         "whole_gib": PROGRAM + whole / GIB,
         "streamed_gib": PROGRAM + streamed / GIB,
-        "seconds": (passes + trained) / machine.rate + factored / machine.float64 + STEP * steps * sizes.layers,
+        "seconds": sum(seconds.values()),
     }
 
 

