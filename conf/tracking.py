@@ -69,12 +69,10 @@ def start(config: Config, stage: Stage, settings: dict[str, Any]) -> Any:
         return None
     run_id = f"{stage.name}-{stage.key}"
     # W&B may hold on to the id of a run that did not start: the second attempt has one of its own.
-    for mode, own, otherwise in (
-        (wanted, run_id, "offline"),
-        (TrackingMode.offline, f"{run_id}-offline", "without it"),
-    ):
+    attempts = ((wanted, run_id, "offline"), (TrackingMode.offline, f"{run_id}-offline", "without it"))
+    for mode, own_id, otherwise in attempts:
         try:
-            return init(config, stage, settings, wandb_mode(mode), own)
+            return init(config, stage, settings, wandb_mode(mode), own_id)
         except Exception as error:
             print(f"{stage.name}: W&B failed ({one_line(error)}); going on {otherwise}", flush=True)
             forget_session()

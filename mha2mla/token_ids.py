@@ -6,8 +6,8 @@ import torch
 
 
 def without_negative_pad(settings: Any) -> Any:
-    """The same generation settings, without a pad of -1, as early Llama checkpoints have: it says that there is none, and
-    transformers refuses to save it."""
+    """The same generation settings without a pad of -1, as early Llama checkpoints have: it means that there is none,
+    and transformers refuses to save it."""
     if isinstance(pad := getattr(settings, "pad_token_id", None), int) and pad < 0:
         settings.pad_token_id = None
     return settings

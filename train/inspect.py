@@ -12,6 +12,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 

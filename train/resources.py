@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conf.stage import provenance
 from mha2mla.families import attention_layers, geometry_of
-from train.rowwise import ROWS
+from mha2mla.output_head import ROWS
 
 GIB = 2**30
 BF16, FP32 = 2, 4
