@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert
+from mha2mla.output_head import ROWS
 from tests.tiny import FAMILIES, preset, tiny_model, tokens
 from train.inspect import MACHINES, inspect
 from train.resources import H100, NO_BFLOAT16, TWO_CORES, conversion, healing, sizes_of
-from train.rowwise import ROWS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
