@@ -94,6 +94,11 @@ class Targets:
     outputs: list[torch.Tensor]
     scales: list[torch.Tensor]
 
+    def give_anything(self) -> bool:
+        """Whether there is something to fit: the output of a new block, or of one that was cut, is zero everywhere."""
+        pairs = zip(self.outputs, self.scales, strict=True)
+        return any(float((output.float() * scale).square().mean()) > 0 for output, scale in pairs)
+
 
 @torch.no_grad()
 def pass_targets(teacher: Any, index: int, states: list[torch.Tensor]) -> tuple[list[torch.Tensor], Targets]:
@@ -116,7 +121,9 @@ def fit_to(
     """Fit a converted decoder's layer `index`, then take its states through it in place."""
     with torch.no_grad():
         inputs = [attention_input(student, index, before) for before in states]
-    fit = fit_attention(student, index, inputs, targets.scales, targets.outputs, steps, learning_rate)
+    fit = LayerFit(0.0, 0.0)
+    if targets.give_anything():
+        fit = fit_attention(student, index, inputs, targets.scales, targets.outputs, steps, learning_rate)
     with torch.no_grad():
         for number, before in enumerate(states):
             states[number] = pass_layer(student, index, before).states

@@ -195,6 +195,19 @@ def test_zeros_convert_into_numbers_with_every_method(dead: str, family: str) ->
     assert compare(model, convert(model, full, statistics)[0], TEXT[:1]).kl_divergence < 1e-5
 
 
+@pytest.mark.parametrize("dead", ["everything", "output", "values"])
+def test_layers_that_give_nothing_have_nothing_to_be_fitted_on(dead: str, tmp_path: Path) -> None:
+    model = changed(lambda model: [weight.zero_() for weight in of(model, *DEAD[dead])])
+    model.save_pretrained(tmp_path / "original")
+    converted, _ = convert(model, BEST, collect_statistics(model, TEXT))
+    fits = reconstruct(model, converted, TEXT, steps=3)
+    streamed = convert_streamed(tmp_path / "original", tmp_path / "out", BEST, TEXT, TEXT[:1], steps=3)
+    assert [vars(fit) for fit in fits] == [vars(fit) for fit in streamed.fits]
+    assert all(fit.before == fit.after == 0 for fit in fits)
+    assert compare(model, converted, TEXT[:1]).kl_divergence < 1e-6
+    assert streamed.comparison is not None and streamed.comparison.kl_divergence < 1e-6
+
+
 def test_inputs_that_calibration_never_showed_are_not_factored_away() -> None:
     """Layer 0 sees only zeros on calibration text; on another token it must give what the original gives."""
     model = changed(lambda model: of(model, "embed_tokens")[0][:90].zero_())

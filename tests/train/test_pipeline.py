@@ -53,16 +53,24 @@ def command_line(root: Path, original: PreTrainedModel | None = None) -> list[st
     ]
 
 
-def pipeline(*arguments: str) -> subprocess.CompletedProcess:
-    """With a key for a W&B server that is out of reach, which must not cost the run."""
-    away = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
-    environment = os.environ | away | {"WANDB_INIT_TIMEOUT": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+# A key for a W&B server that is out of reach, which must not cost the run.
+AWAY = {
+    "WANDB_MODE": "online",
+    "WANDB_BASE_URL": "http://127.0.0.1:9",
+    "WANDB_API_KEY": "a" * 40,
+    "WANDB_INIT_TIMEOUT": "1",
+}
+
+
+def pipeline(*arguments: str, wandb: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    wandb = {"WANDB_MODE": "offline"} if wandb is None else wandb
+    environment = os.environ | wandb | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "train.pipeline", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_one_command_to_a_healed_model_and_a_report(words: list[str]) -> None:
-    run = pipeline(*words, "mla.kv_lora_rank=8", "name=point")
+    run = pipeline(*words, "mla.kv_lora_rank=8", "name=point", wandb=AWAY)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     folder = Path(words[2].split("=")[1]) / "model" / "point"
     for stage in ("finetune", "report"):
