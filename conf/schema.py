@@ -121,7 +121,8 @@ class MLAConfig:
     q_lora_rank: int | None = None
     layers: str = "all"  # or full-attention: those of a sliding window stay as they are
     reconstruction_steps: int = 0  # a layer, on the calibration text, after the closed form (mha2mla/reconstruct.py)
-    reconstruction_learning_rate: float = 5e-3  # relative to the root mean square of every weight
+    # Relative to the root mean square of every weight; where each layer's search for its own rate begins.
+    reconstruction_learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
         require(

@@ -5,29 +5,15 @@ converted layers below make of the text, so a layer also learns to live with the
 stand in memory, and a step costs a small part of a step through the whole model: no other layer, no vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mha2mla.families import attention_layers, latent_layers
-from mha2mla.layerwise import attention_input, embed, pass_layer, surroundings
-
-RATE = 5e-3  # best or within 3 % of it in every layer of two families that was tried (docs/log.md)
-CHECKS = 8  # times that a fit is judged on held-out text
-HELD_OUT = 8  # one sequence of so many is not fitted on
-SLOWER = 0.25  # of the rate, after a check that found a worse state than an earlier one
-
-
-@dataclass
-class LayerFit:
-    """Squared error of one layer's attention output relative to it, on sequences that it is not fitted on: of the
-    closed form, and of the state that was kept. `step` is the one that state was reached at; 0: the closed form."""
-
-    before: float
-    after: float
-    step: int = 0
+from mha2mla.families import latent_layers
+from mha2mla.layer_fit import RATE, LayerFit, fit_attention
+from mha2mla.layerwise import attention_input, embed, pass_layer
 
 
 def reconstruct(
@@ -43,7 +29,8 @@ def reconstruct(
     batches: input_ids [B, S] of complete sequences without padding; they are gone through again and again, but for
         one of eight, on which every layer is judged: it keeps the best state that it met, at worst its closed form.
     steps: optimiser steps a layer, one sequence each: many small steps do more than few large ones (docs/log.md).
-    learning_rate: relative to the root mean square of every weight, so that one suits layers and families of any scale.
+        Before them come some short tries for the rate that suits the layer.
+    learning_rate: at which they begin, relative to the root mean square of every weight.
     `on_layer` is told of every finished layer.
     Run it under torch.autocast for speed; weights of half precision are trained in float32 and stored back.
     Raises ValueError with fewer than two sequences.
@@ -128,85 +115,3 @@ def fit_to(
         for number, before in enumerate(states):
             states[number] = pass_layer(student, index, before).states
     return fit
-
-
-def fit_attention(
-    model: Any,
-    index: int,
-    inputs: list[torch.Tensor],
-    scales: list[torch.Tensor],
-    targets: list[torch.Tensor],
-    steps: int,
-    learning_rate: float,
-) -> LayerFit:
-    """Adam on one layer's attention, from its closed form, with a rate that falls to zero; the last of `inputs` are
-    held out. A state that is worse on them than an earlier one is given up for that one, and the rate lowered."""
-    attention = attention_layers(model)[index]
-    dtype = next(attention.parameters()).dtype
-    attention.float()
-    parameters = list(attention.parameters())
-    optimizer = relative_adam(parameters)
-    held = -(-len(inputs) // HELD_OUT)
-    fitted_on = len(inputs) - held
-
-    def error(number: int) -> torch.Tensor:
-        states = inputs[number].float()  # in training a layer of half precision stands in float32
-        output = attention(hidden_states=states, **surroundings(model, index, states))[0]
-        return ((output.float() - targets[number].float()) * scales[number]).square().mean()
-
-    size = sum(relative_size(*pair) for pair in zip(targets, scales, strict=True)) / len(targets)
-
-    def judged() -> float:
-        torch.clear_autocast_cache()  # it holds the weights in half precision as they were before the last step
-        with torch.no_grad():
-            return sum(float(error(number)) for number in range(fitted_on, len(inputs))) / held / size
-
-    fit = LayerFit(before := judged(), before)
-    best = [parameter.detach().clone() for parameter in parameters]
-    for step, number in enumerate(rounds(fitted_on, steps), 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * group["scale"] * (1 - (step - 1) / steps)
-        gradients = torch.autograd.grad(error(number) / size, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        torch.clear_autocast_cache()
-        if step % max(1, steps // CHECKS) and step < steps:
-            continue
-        if (found := judged()) < fit.after:
-            fit.after, fit.step = found, step
-            copy_all(best, parameters)
-        else:
-            copy_all(parameters, best)
-            optimizer.state.clear()
-            learning_rate *= SLOWER
-    for parameter in parameters:
-        parameter.grad = None
-    torch.clear_autocast_cache()  # or every layer's would stay until the last is done
-    attention.to(dtype)
-    return fit
-
-
-def relative_adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Adam:
-    """Adam whose groups know the root mean square of their weight as `scale`."""
-    groups = [{"params": [each], "scale": float(each.detach().square().mean().sqrt())} for each in parameters]
-    return torch.optim.Adam(groups, betas=(0.9, 0.95))
-
-
-def relative_size(target: torch.Tensor, scale: torch.Tensor) -> float:
-    return float((target.float() * scale).square().mean())
-
-
-@torch.no_grad()
-def copy_all(into: Sequence[torch.Tensor], source: Sequence[torch.Tensor]) -> None:
-    for old, new in zip(into, source, strict=True):
-        old.copy_(new)
-
-
-def rounds(batches: int, steps: int) -> Iterator[int]:
-    """Numbers of batches for so many steps, all of them in a new order every round."""
-    generator = torch.Generator().manual_seed(0)
-    order: list[int] = []
-    for _ in range(steps):
-        order = order or torch.randperm(batches, generator=generator).tolist()
-        yield order.pop()

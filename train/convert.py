@@ -216,7 +216,7 @@ def reconstructed(
 def described(fits: list[LayerFit]) -> dict[str, Any]:
     """The fits as the report has them, and a line that says which layers gained."""
     fitted = [fit for fit in fits if fit.before]
-    still = [str(index) for index, fit in enumerate(fits) if fit.before and fit.step == 0]
+    still = [str(index) for index, fit in enumerate(fits) if fit.before and not fit.rate]
     before, after = (sum(getattr(fit, side) for fit in fitted) / max(1, len(fitted)) for side in ("before", "after"))
     gained = len(fitted) - len(still)
     print(

@@ -73,10 +73,10 @@ def test_a_rate_that_ruins_a_layer_leaves_it_its_closed_form() -> None:
     model, converted = pair()
     closed = {name: tensor.clone() for name, tensor in converted.state_dict().items()}
     fits = reconstruct(model, converted, text, steps=8, learning_rate=1e6)
-    assert all(fit.after == fit.before and fit.step == 0 for fit in fits)
+    assert all(fit.after == fit.before and fit.rate == 0 for fit in fits)
     assert all(torch.equal(tensor, closed[name]) for name, tensor in converted.state_dict().items())
     fits = reconstruct(model, converted, text, steps=80, learning_rate=0.3)
-    assert all(fit.after < 0.95 * fit.before and fit.step > 10 for fit in fits)
+    assert all(fit.after < 0.95 * fit.before and 0 < fit.rate < 0.3 for fit in fits)
 
 
 def test_the_rate_suits_weights_of_any_scale() -> None:
