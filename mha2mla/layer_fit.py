@@ -100,15 +100,16 @@ class Fitting:
         return math.inf if math.isnan(error) else error
 
     def search(self, steps: int, rate: float) -> float:
-        """The rate that comes farthest in so many steps from the closed form."""
+        """The rate that comes farthest in so many steps from the closed form; down to one that gains anything."""
         error = self.descend(steps, rate)
         for factor in (2.0, 0.5):
             start = rate
             for _ in range(TRIES):
                 restore(self.parameters, self.closed)
-                if not (found := self.descend(steps, rate * factor)) < error:
+                found = self.descend(steps, rate * factor)
+                if found >= error and (factor > 1 or self.found.rate):
                     break
-                rate, error = rate * factor, found
+                rate, error = rate * factor, min(found, error)
             if rate != start:
                 break
         restore(self.parameters, self.best)
