@@ -144,7 +144,7 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
     report = found.report
     print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)
     tokenizer.save_pretrained(folder)
-    fits = described(found.fits) if mla.reconstruction_steps else {}
+    fits = described(found.fits, report.latent_layers) if mla.reconstruction_steps else {}
     write_json(folder / "conversion.json", report.to_dict() | fits | {"comparison": asdict(found.comparison)})
     tokens = sum(batch.numel() for batch in calibration)
     return metrics(report, found.comparison, tokens, torch.device(device))
@@ -199,7 +199,10 @@ def reconstructed(
     steps, rate = mla.reconstruction_steps, mla.reconstruction_learning_rate
     with native_autocast(model.device.type), layer_progress(len(attention_layers(model)), "reconstructed") as on_layer:
         fits = reconstruct(model, converted, calibration, steps, rate, on_layer)
-    comparison, found = compared(model, converted, heldout), described(fits)
+    comparison, found = (
+        compared(model, converted, heldout),
+        described(fits, [index for index, _ in latent_layers(converted)]),
+    )
     found |= {"comparison_before_reconstruction": asdict(closed), "reconstruction_kept": True}
     if comparison.kl_divergence <= closed.kl_divergence:
         return comparison, found
@@ -213,14 +216,13 @@ def reconstructed(
     return closed, found | {"reconstruction_kept": False}
 
 
-def described(fits: list[LayerFit]) -> dict[str, Any]:
-    """The fits as the report has them, and a line that says which layers gained."""
-    fitted = [fit for fit in fits if fit.before]
-    still = [str(index) for index, fit in enumerate(fits) if fit.before and not fit.rate]
-    before, after = (sum(getattr(fit, side) for fit in fitted) / max(1, len(fitted)) for side in ("before", "after"))
-    gained = len(fitted) - len(still)
+def described(fits: list[LayerFit], latent: list[int]) -> dict[str, Any]:
+    """The fits as the report has them, and a line that says which of the latent layers gained."""
+    still = [str(index) for index in latent if not fits[index].rate]
+    before, after = (sum(getattr(fits[index], side) for index in latent) / len(latent) for side in ("before", "after"))
+    gained = len(latent) - len(still)
     print(
-        f"convert: reconstruction lowered the error on held-out text in {gained} of {len(fits)} layers, "
+        f"convert: reconstruction lowered the error on held-out text in {gained} of {len(latent)} layers, "
         f"{before:.4f} -> {after:.4f} in the mean" + (f"; closed form kept in {', '.join(still)}" if still else ""),
         flush=True,
     )
