@@ -195,14 +195,13 @@ def reconstructed(
 ) -> tuple[Comparison, dict[str, Any]]:
     """Layer-wise reconstruction on the calibration text, taken back where the model as a whole is worse for it."""
     closed, mla = compared(model, converted, heldout), config.mla
-    weights = [(layer, copy.deepcopy(layer.state_dict())) for _, layer in latent_layers(converted)]
+    latent = latent_layers(converted)
+    weights = [(layer, copy.deepcopy(layer.state_dict())) for _, layer in latent]
     steps, rate = mla.reconstruction_steps, mla.reconstruction_learning_rate
     with native_autocast(model.device.type), layer_progress(len(attention_layers(model)), "reconstructed") as on_layer:
         fits = reconstruct(model, converted, calibration, steps, rate, on_layer)
-    comparison, found = (
-        compared(model, converted, heldout),
-        described(fits, [index for index, _ in latent_layers(converted)]),
-    )
+    comparison = compared(model, converted, heldout)
+    found = described(fits, [index for index, _ in latent])
     found |= {"comparison_before_reconstruction": asdict(closed), "reconstruction_kept": True}
     if comparison.kl_divergence <= closed.kl_divergence:
         return comparison, found
