@@ -8,6 +8,7 @@ No torch in here: the pipeline decides what to skip without loading it.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -188,7 +189,7 @@ class Stage:
             if not keep_unfinished:
                 shutil.rmtree(self.folder)
         elif self.folder.exists() and any(self.folder.iterdir()):
-            aside = self.folder.with_name(f"{self.folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+            aside = aside_of(self.folder)
             self.folder.rename(aside)
             changed = differences(aside / "config.yaml", self.config)
             reason = f" ({', '.join(changed)})" if changed else ""
@@ -196,6 +197,13 @@ class Stage:
         self.folder.mkdir(parents=True, exist_ok=True)
         marker.write_text(self.key)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+
+
+def aside_of(folder: Path) -> Path:
+    """Where a folder is kept when another takes its place: named after the time, and no folder that is there."""
+    name = f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    names = (name + (f"-{number}" if number else "") for number in itertools.count())
+    return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
 def differences(file: Path, config: dict[str, Any], most: int = 6) -> list[str]:

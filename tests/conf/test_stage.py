@@ -47,6 +47,14 @@ def test_other_configuration_or_input_is_not_finished_and_is_kept_aside(tmp_path
     assert (aside / "result").read_text() == "first" and read_record(aside)
 
 
+def test_results_that_are_made_within_one_second_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conf.stage.time.strftime", lambda *_: "20260101-000000")
+    for r in range(4):
+        with stage(tmp_path, r=r).run() as running:
+            (running.folder / "result").write_text(str(r))
+    assert sorted((aside / "result").read_text() for aside in tmp_path.glob("convert.old-*")) == ["0", "1", "2"]
+
+
 def test_unfinished_folder_is_resumed_only_by_the_same_run(tmp_path: Path) -> None:
     def interrupted(config: dict, resumable: bool) -> bool:
         """Whether the file of an interrupted run is still there when it starts again."""
