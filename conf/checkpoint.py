@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import mha2mla  # noqa: F401  registers the classes of converted models
 from conf.errors import one_line
 from conf.models import check_files
+from mha2mla.shards import listed
 from mha2mla.token_ids import without_negative_pad
 
 AGAIN = "make it again with `make convert ARGS=force=true`"
@@ -53,8 +54,7 @@ def load_model(
         raise ValueError(f"{path} holds no complete checkpoint ({reason}); {remedy}") from error
     for kind, verb in REPORT.items():
         if names := sorted(str(each[0] if isinstance(each, tuple) else each) for each in report[kind]):
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(f"{path} {verb} {len(names)} weight{'s' * (len(names) > 1)} ({shown}); {remedy}")
+            raise ValueError(f"{path} {verb} {listed(names, 'weight')}; {remedy}")
     complete: PreTrainedModel = model
     without_negative_pad(complete.generation_config)
     return complete.to(device).eval()  # type: ignore[arg-type]

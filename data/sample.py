@@ -56,8 +56,11 @@ def sample(config: Config) -> None:
     with stage.run(resumable=True, force=config.force):
         work = stage.folder / "work"
         drawn = draw(config, sources, tokenizer, work)
+        model = model_config(config)
         shards = [
-            path for side in (TRAIN, VALIDATION) for path in write_side(config, drawn[side], side, work, tokenizer)
+            path
+            for side in (TRAIN, VALIDATION)
+            for path in write_side(config, drawn[side], side, work, tokenizer, model)
         ]
         manifest = describe(config, sources, drawn, tokenizer)
         manifest["shards"] = {path.name: file_hash(path) for path in counted(shards, "sample: hash", "shards")}
@@ -95,11 +98,11 @@ def checked(documents: Iterable[np.ndarray], tokenizer: Any, model: Any) -> Iter
         yield ids
 
 
-def write_side(config: Config, drawn: Drawn, side: str, work: Path, tokenizer: Any) -> list[Path]:
+def write_side(config: Config, drawn: Drawn, side: str, work: Path, tokenizer: Any, model: Any) -> list[Path]:
     """Pack one side's documents, in the order of their hashes, into shards."""
     data = config.data
     ids: Iterator[np.ndarray] = (np.frombuffer(record.payload, np.int32) for record in merge(drawn.runs))
-    documents = checked(ids, tokenizer, model_config(config))
+    documents = checked(ids, tokenizer, model)
     rows_per_shard = max(1, data.shard_tokens // data.sequence_length)
     rows = drawn.tokens // data.sequence_length
     with Progress(f"sample: pack {side}", drawn.tokens, "tokens") as progress:

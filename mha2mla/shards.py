@@ -177,10 +177,10 @@ def weight_files(folder: Path, named: str | None) -> dict[str, str]:
         raise ValueError(f"{folder / file} is no index of a checkpoint ({error!r}); {REMEDY}") from error
 
 
-def listed(names: list[str]) -> str:
-    """How many tensors, and the first of them."""
+def listed(names: list[str], what: str = "tensor") -> str:
+    """How many of them, and the first."""
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({shown})"
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({shown})"
 
 
 def batched(items: list[Any], size: int) -> list[list[Any]]:
