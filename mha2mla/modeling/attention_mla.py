@@ -21,6 +21,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # with soft-capping
 
+from .cache_format_mla import CacheTables, layer_format
+
 
 class MLAAttention(nn.Module):
     """Latent attention in place of a family's own; takes and returns what that one does."""
@@ -40,7 +42,8 @@ class MLAAttention(nn.Module):
         self.qk_head_dim = config.qk_head_dim
         self.v_head_dim = config.v_head_dim
         self.rope_dim = config.rope_dim
-        self.cached_size = self.kv_lora_rank + self.rope_dim + config.key_scales
+        self.key_scales = config.key_scales
+        self.cached_size = self.kv_lora_rank + self.rope_dim + self.key_scales
         self.scaling = config.softmax_scale
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
@@ -65,6 +68,8 @@ class MLAAttention(nn.Module):
         # Which of the model's rotary frequencies each pair of each rotated key turns with; saved with the weights.
         pairs = torch.arange(self.qk_rope_head_dim // 2).expand(self.num_rope_heads, -1)
         self.register_buffer("rope_pair_index", pairs.clone())
+        form = layer_format(config, layer_idx)
+        self.cache_tables = None if form is None else CacheTables(form)
 
     @property
     def query_size(self) -> int:
@@ -93,7 +98,11 @@ class MLAAttention(nn.Module):
         k_rot: Any
         latent, k_rot = self.project_latents(hidden_states, cos, sin)
         if past_key_values is not None:
-            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
+            # Caches that are not quantised take no notice of the rest.
+            extra = {"tables": self.cache_tables, "position_ids": kwargs.get("position_ids")}
+            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx, **extra)
+        else:
+            latent, k_rot = self.quantize(latent, k_rot, kwargs.get("position_ids"))
 
         if past_key_values is not None and self.absorbs(length) and is_score_mask(attention_mask):
             output, weights = self.attend_latent(q_nope, q_rot, latent, k_rot, attention_mask)
@@ -150,6 +159,16 @@ class MLAAttention(nn.Module):
         latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.rope_dim], dim=-1)
         k_rot = rotate(k_rot.unflatten(-1, (self.num_rope_heads, self.qk_rope_head_dim)), cos, sin)
         return latent.unsqueeze(1), k_rot.flatten(2).unsqueeze(1)
+
+    def quantize(
+        self, latent: torch.Tensor, k_rot: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents [B, 1, S, r] and rotated keys [B, 1, S, R + ..] as a cache of the model's format gives them back."""
+        if self.cache_tables is None:
+            return latent, k_rot
+        channels, rest = torch.cat((latent, k_rot), -1).split([self.kv_lora_rank + self.rope_dim, self.key_scales], -1)
+        channels = self.cache_tables(channels, position_ids)
+        return channels[..., : self.kv_lora_rank], torch.cat((channels[..., self.kv_lora_rank :], rest), -1)
 
     def expand_kv(self, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [B, G, T, K + P] and values [B, G, T, V] from the cached latent [B, 1, T, r] and key [B, 1, T, R]."""

@@ -37,7 +37,6 @@ class NormedMLAAttention(MLAAttention):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         groups, size, joint = self.num_key_value_heads, config.head_dim, config.qk_norm_joint
-        self.key_scales = config.key_scales
         self.rotary_size = config.rotary_dim or size
         self.k_proj = nn.Linear(config.hidden_size, groups * size, bias=False)
         self.q_norm = HeadNorm(self.num_heads, size, joint, config.qk_norm_eps)

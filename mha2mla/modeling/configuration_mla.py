@@ -27,6 +27,7 @@ class MLAConfigMixin:
     rotary_dim: numbers of an original head that rotate; 0: all.
     served: the attention in the form that serving engines recognise (attention_served_mla.py).
     latent_layers: which layers have latent attention; None: all.
+    cache_format: bits of every cached channel (cache_format_mla.py); None: 16 each, as the model runs.
     """
 
     kv_lora_rank: int = 512
@@ -46,6 +47,7 @@ class MLAConfigMixin:
     rotary_dim: int = 0
     served: bool = False
     latent_layers: list[int] | None = None
+    cache_format: dict[str, Any] | None = None
 
     base_model_tp_plan: ClassVar[Any] = None  # the family's plan splits projections that are no longer there
 

@@ -1,0 +1,128 @@
+"""The format of a latent cache: how many bits every cached channel of every layer takes, and what its codes mean.
+
+A code c of b bits stands for `minimum + scale * c`, c in 0..2^b - 1. minimum and scale are tables, one number a channel,
+saved with the weights: they cost no byte a token. With `scales="token"` a run's scales are multiplied by one number a
+token, stored with its codes. A channel of 0 bits is its minimum for every token, one of 16 bits is kept as it is. The
+first tokens of a sequence, whose states are far larger than all others', stay unquantised.
+
+`config.cache_format` holds it as JSON does: {"scales", "sink_length", "residual_length", "bits": [[[b, count], ...] or
+None for every layer]}, run lengths over the r + R channels, latent before rotated key.
+
+Quantised here is what windows and training see; quantized_cache_mla.py holds the same numbers in packed bytes.
+Shapes: B batch, S tokens, n = r + R channels.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+BITS = (0, 1, 2, 3, 4, 6, 8, 16)
+SCALES = ("table", "token")
+SMALLEST = 2.0**-14  # factor of a token: half precision holds it in full
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """One layer's: bits of its channels, [r + R]; how scales are kept; tokens that stay unquantised."""
+
+    bits: tuple[int, ...]
+    scales: str = "table"
+    sink_length: int = 4
+    residual_length: int = 0
+
+    @cached_property
+    def runs(self) -> list[tuple[int, list[int]]]:
+        """Channels of every number of bits, most bits first."""
+        found = sorted(set(self.bits), reverse=True)
+        return [(bits, [place for place, own in enumerate(self.bits) if own == bits]) for bits in found]
+
+    @cached_property
+    def levels(self) -> list[int]:
+        """Highest code of every channel, [r + R]; 0 where there is none."""
+        return [0 if bits == 16 else 2**bits - 1 for bits in self.bits]
+
+
+def layer_format(config: Any, index: int) -> LayerFormat | None:
+    """The format of layer `index`; None where its cache is not quantised. ValueError where it does not fit."""
+    given = getattr(config, "cache_format", None)
+    if not given or given["bits"][index] is None:
+        return None
+    bits = tuple(bits for bits, count in given["bits"][index] for _ in range(count))
+    ranks = config.layer_kv_lora_rank
+    channels = (config.kv_lora_rank if ranks is None else ranks[index]) + config.rope_dim
+    if len(bits) != channels:
+        raise ValueError(f"cache_format: layer {index} has bits for {len(bits)} channels and caches {channels}")
+    if unknown := sorted(set(bits) - set(BITS)):
+        raise ValueError(f"cache_format: layer {index} has channels of {unknown[0]} bits; choose of {BITS}")
+    if given["scales"] not in SCALES:
+        raise ValueError(f"cache_format: scales={given['scales']!r} is unknown; choose one of: {', '.join(SCALES)}")
+    return LayerFormat(bits, given["scales"], given["sink_length"], given["residual_length"])
+
+
+def run_lengths(bits: list[int]) -> list[list[int]]:
+    """[[bits, count], ...] of bits a channel."""
+    found: list[list[int]] = []
+    for own in bits:
+        if found and found[-1][0] == own:
+            found[-1][1] += 1
+        else:
+            found.append([own, 1])
+    return found
+
+
+class CacheTables(nn.Module):
+    """What a layer's codes mean, and its channels as their codes give them back.
+
+    minimum, scale: [r + R], learned with the weights where those of the attention are: rounding passes gradients
+    straight through, clipping stops them (LSQ, arXiv 1902.08153, section 2.1).
+    """
+
+    def __init__(self, form: LayerFormat) -> None:
+        super().__init__()
+        self.form = form
+        channels = len(form.bits)
+        self.minimum = nn.Parameter(torch.zeros(channels))
+        self.scale = nn.Parameter(torch.ones(channels))
+
+    def forward(self, states: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """States [B, 1, S, n] as a cache gives them back to tokens that come after the first ones."""
+        wide = states.float()
+        levels = torch.tensor(self.form.levels, dtype=torch.float32, device=states.device)
+        minimum, scale = self.spans(wide)
+        place = torch.minimum(((wide - minimum) / scale).clamp_min(0), levels)
+        codes = place + (place.round() - place).detach()
+        found = torch.where(self.whole(states.device), wide, minimum + scale * codes)
+        return torch.where(self.is_first(states, position_ids), states, found.to(states.dtype))
+
+    def spans(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """minimum and scale of every channel, [n], or of every token's too, [B, 1, S, n]."""
+        minimum, scale = self.minimum.float(), self.scale.float()
+        if self.form.scales == "table":
+            return minimum, scale
+        factors = torch.ones_like(states)
+        for bits, channels in self.form.runs:
+            if bits not in (0, 16):
+                own = token_factor(states[..., channels], minimum[channels], scale[channels], bits)
+                factors[..., channels] = own
+        half = torch.tensor(self.form.levels, device=states.device) / 2
+        return minimum + scale * half * (1 - factors), scale * factors
+
+    def whole(self, device: torch.device) -> torch.Tensor:
+        return torch.tensor([bits == 16 for bits in self.form.bits], device=device)
+
+    def is_first(self, states: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """Which tokens stay unquantised, [B or 1, 1, S, 1]."""
+        if position_ids is None:
+            position_ids = torch.arange(states.shape[2], device=states.device)[None]
+        return (position_ids < self.form.sink_length)[:, None, :, None]
+
+
+def token_factor(states: torch.Tensor, minimum: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """What multiplies a run's scales for every token, [..., 1], in half precision as it is stored: the run's largest
+    distance from the middle of its tables, in halves of them."""
+    half = scale * (2**bits - 1) / 2
+    far = ((states - (minimum + half)).abs() / half).amax(-1, keepdim=True)
+    return far.clamp_min(SMALLEST).half().float()
