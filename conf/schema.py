@@ -120,6 +120,12 @@ class MLAConfig:
     rank_allocation: str = "uniform"  # a name of mha2mla/allocation.py
     q_lora_rank: int | None = None
     layers: str = "all"  # or full-attention: those of a sliding window stay as they are
+    bits: str = "16"  # of every cached channel: auto (shared out by the loss), 16 (by rank alone), 8, 6, 4, 3, 2 or 1
+    context: int = 4096  # tokens of the cache whose bytes `reduction` cuts; read where bits are fewer than 16
+    cache_scales: str = "table"  # of codes: calibrated for good, or `token`: a factor of every token's beside them
+    residual_length: int = 0  # latest tokens that stay unquantised
+    importance: str = "fisher"  # how bits=auto tells what a channel is worth: a name of mha2mla/bits.py
+    latent_basis: str = "loss"  # of a latent in few bits, or `factors`: as low_rank leaves it
     reconstruction_steps: int = 0  # a layer, on the calibration text, after the closed form (mha2mla/reconstruct.py)
     # Relative to the root mean square of every weight; where each layer's search for its own rate begins.
     reconstruction_learning_rate: float = 1e-2

@@ -4,14 +4,18 @@ The original model is not touched and shares no memory with the result. Layers a
 float32 (singular values in float64) and stored in the model's own dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from mha2mla import allocation, basis, low_rank, partial_rope
-from mha2mla.families import attention_layers, family_of, geometry_of
+from mha2mla.bits import IMPORTANCE, choose_format
+from mha2mla.families import attention_layers, family_of, geometry_of, latent_layers
 from mha2mla.finite import check_weights
 from mha2mla.layer import LayerReport, convert_layer, cut_layer
+from mha2mla.modeling.cache_format_mla import layer_bytes, layer_format
 from mha2mla.options import PER_HEAD, ConversionOptions, Geometry
 from mha2mla.self_check import self_check
 from mha2mla.statistics import Statistics
@@ -27,8 +31,9 @@ TABLES: dict[str, Any] = {
 
 @dataclass
 class ConversionReport:
-    """What a conversion did. Cache sizes are numbers a token a layer, in the mean over the layers; `reduction`
-    compares them in one dtype."""
+    """What a conversion did. Cache sizes are numbers a token a layer, in the mean over the layers; `reduction` is in
+    bytes: of a cache of options.context tokens where it has a format, else of a token in any one dtype. bits: of a
+    token's codes a layer, in the mean over those that are quantised."""
 
     options: ConversionOptions
     geometry: Geometry
@@ -38,6 +43,7 @@ class ConversionReport:
     self_check_error: float
     layers: list[LayerReport]
     latent_layers: list[int]  # which layers these are
+    bits: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,6 +73,8 @@ def resolve_options(config: Any, options: ConversionOptions) -> ConversionOption
             f"rank_allocation={options.rank_allocation} compares what factoring keys and values together loses; "
             f"low_rank={options.low_rank} keeps them apart: use one of {', '.join(low_rank.JOINT)}, or uniform"
         )
+    if options.importance not in IMPORTANCE:
+        raise ValueError(f"importance={options.importance!r} is unknown; choose one of: {', '.join(IMPORTANCE)}")
     geometry = geometry_of(config)
     resolved = options.resolve(geometry)
     if resolved.partial_rope == "evenly-spaced" and resolved.rope_basis == "heads":
@@ -84,7 +92,8 @@ def resolve_options(config: Any, options: ConversionOptions) -> ConversionOption
 def needs_calibration(options: ConversionOptions) -> list[str]:
     """Those of the options that look at calibration text, as `name=value`."""
     chosen = {name: getattr(options, name) for name in TABLES}
-    return [f"{name}={value}" for name, value in chosen.items() if value in TABLES[name].NEEDS_CALIBRATION]
+    found = [f"{name}={value}" for name, value in chosen.items() if value in TABLES[name].NEEDS_CALIBRATION]
+    return found + ([f"bits={options.bits}"] if options.bits != 16 else [])
 
 
 def convert(
@@ -92,6 +101,8 @@ def convert(
     options: ConversionOptions,
     calibration: Statistics | None = None,
     on_layer: Callable[[int], None] | None = None,
+    batches: Iterable[torch.Tensor] | None = None,
+    on_tokens: Callable[[int], None] | None = None,
 ) -> tuple[Any, ConversionReport]:
     """Turn a decoder of a supported family (MHA, GQA or MQA) into its latent-attention counterpart.
 
@@ -99,6 +110,8 @@ def convert(
     calibration: from `collect_statistics`; needed by partial_rope="2-norm", otherwise it adds the errors on real
         activations to the report.
     on_layer: is told the index of every layer that was converted.
+    batches: text that a cache format is chosen on where bits are fewer than 16, input_ids [B, S] without padding;
+        on_tokens: is told how many tokens of it were read.
     Returns the converted model (same dtype, device and mode of training) and a report.
     Raises ValueError for an unsupported family, for sizes that do not fit, for weights that are not finite, and where
     calibration is missing.
@@ -108,6 +121,8 @@ def convert(
     if needs_calibration(options) and calibration is None:
         wanting = ", ".join(needs_calibration(options))
         raise ValueError(f"{wanting}: looks at calibration text; pass calibration=collect_statistics(...)")
+    if options.bits != 16 and batches is None:
+        raise ValueError(f"bits={options.bits}: a cache format is chosen on calibration text; pass batches=...")
     check_weights(model.state_dict().items())
     error = self_check(model)
     chosen, attentions, rotations = chosen_layers(model.config, options), attention_layers(model), rotations_of(model)
@@ -127,7 +142,48 @@ def convert(
             on_layer(index)
     target = family.model_class if model.base_model is model else family.causal_lm_class
     converted = build(target, config, state, model)
-    return converted, conversion_report(model.config, options, ranks, error, reports)
+    found = conversion_report(model.config, options, ranks, error, reports)
+    if options.bits != 16:
+        assert batches is not None
+        give_format(converted, geometry, options, batches, on_tokens)
+        found = with_format(found, converted.config)
+    return converted, found
+
+
+def give_format(
+    converted: Any,
+    geometry: Geometry,
+    options: ConversionOptions,
+    batches: Iterable[torch.Tensor],
+    on_tokens: Callable[[int], None] | None = None,
+) -> None:
+    """The cache format that the options ask for, in place."""
+    layers = [attention for _, attention in latent_layers(converted)]
+    budget = None
+    if options.bits == "auto":
+        budget = sum(options.channel_bits(geometry, layer.kv_lora_rank + layer.rope_dim) for layer in layers)
+    choose_format(
+        converted,
+        batches,
+        budget,
+        None if options.bits == "auto" else int(options.bits),
+        options.cache_scales,
+        options.residual_length,
+        options.importance,
+        options.latent_basis == "loss",
+        on_tokens,
+    )
+
+
+def with_format(report: ConversionReport, config: Any) -> ConversionReport:
+    """A report with what the cache of a format holds."""
+    forms = [form for index in report.latent_layers if (form := layer_format(config, index)) is not None]
+    context, geometry = report.options.context, report.geometry
+    held = sum(layer_bytes(form, geometry.key_scales, context) for form in forms)
+    original = 2 * geometry.cache_size * context
+    untouched = config.num_hidden_layers - len(forms)
+    reduction = 1 - (held + untouched * original) / (config.num_hidden_layers * original)
+    return replace(report, reduction=reduction, bits=sum(sum(form.bits) for form in forms) / len(forms))
 
 
 def conversion_report(

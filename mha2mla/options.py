@@ -6,6 +6,10 @@ from typing import Any
 # Choices of pairs that keep as many of every key head.
 PER_HEAD = {"high", "low", "uniform", "2-norm"}
 LAYERS = ("all", "full-attention")
+BITS = (16, 8, 6, 4, 3, 2, 1)  # of every channel, or `auto`
+CHANNEL_BITS = 12  # of a budget that bits share out, for every rotated number (docs/log.md)
+SINKS = 4  # first tokens of a sequence, which a format leaves unquantised
+RUN = 8  # channels whose codes fill bytes, whatever their bits
 DEFAULT_REDUCTION = 0.6875  # the paper's first setting: 24 + 96 of 384 numbers on SmolLM-135M
 
 
@@ -72,6 +76,16 @@ class ConversionOptions:
         `uniform` give each layer its own rank, of which kv_lora_rank is then the mean.
     q_lora_rank: rank of a factored query projection; None keeps it whole.
     layers: `all`, or `full-attention` to leave the layers of a sliding window as they are, whose cache is short.
+    bits: of every cached channel. 16 is a cut by rank alone, as published methods make it. `auto` shares the bytes that
+        `reduction` leaves out to all channels by what each is worth to the loss, from full rank unless kv_lora_rank
+        says less (mha2mla/bits.py); 8, 6, 4, 3, 2 or 1 give all channels as many. `reduction` is then a cut in bytes of
+        everything that a cache of `context` tokens holds.
+    context: tokens of that cache; its first tokens, which stay unquantised, weigh less the longer it is.
+    cache_scales: `table`, calibrated for good, or `token`, one factor a token and run of channels beside them.
+    residual_length: latest tokens that stay unquantised.
+    importance: how bits=auto tells what a channel is worth, a name of `mha2mla.bits.IMPORTANCE`.
+    latent_basis: of a latent in few bits: `loss`, in which the loss minds errors in all channels alike, or `factors`,
+        as `low_rank` leaves it.
     """
 
     rope_dim: int | None = None
@@ -86,15 +100,25 @@ class ConversionOptions:
     rank_allocation: str = "uniform"
     q_lora_rank: int | None = None
     layers: str = "all"
+    bits: int | str = 16
+    context: int = 4096
+    cache_scales: str = "table"
+    residual_length: int = 0
+    importance: str = "fisher"
+    latent_basis: str = "loss"
 
     @classmethod
     def from_config(cls, config: Any) -> "ConversionOptions":
         """From an object with attributes of the same names; those it lacks keep their defaults."""
-        return cls(**{item.name: getattr(config, item.name) for item in fields(cls) if hasattr(config, item.name)})
+        given = {item.name: getattr(config, item.name) for item in fields(cls) if hasattr(config, item.name)}
+        if str(given.get("bits")).isdecimal():
+            given["bits"] = int(given["bits"])
+        return cls(**given)
 
     def resolve(self, geometry: Geometry) -> "ConversionOptions":
         """The same options with R and r as numbers that fit the model; ValueError names what does not."""
-        if self.kv_lora_rank is not None and self.reduction is not None:
+        self._check_bits()
+        if self.bits != "auto" and self.kv_lora_rank is not None and self.reduction is not None:
             raise ValueError(
                 f"kv_lora_rank={self.kv_lora_rank} and reduction={self.reduction} both say how large the latent is; "
                 "give one of them"
@@ -125,13 +149,29 @@ class ConversionOptions:
         query_full = min(geometry.hidden_size, geometry.num_heads * geometry.head_dim)
         if self.q_lora_rank is not None and not 1 <= self.q_lora_rank <= query_full:
             raise ValueError(f"q_lora_rank={self.q_lora_rank} is outside 1..{query_full} (full rank); None keeps W_q")
-        return replace(self, rope_dim=rope_dim, kv_lora_rank=rank, reduction=None)
+        reduction = self.cut if self.bits == "auto" else None
+        return replace(self, rope_dim=rope_dim, kv_lora_rank=rank, reduction=reduction)
+
+    def _check_bits(self) -> None:
+        if self.bits != "auto" and self.bits not in BITS:
+            raise ValueError(f"bits={self.bits} is not possible; choose auto or one of {', '.join(map(str, BITS))}")
+        for name, allowed in (("cache_scales", ("table", "token")), ("latent_basis", ("loss", "factors"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of: {', '.join(allowed)}")
+        if self.residual_length < 0 or self.context <= self.residual_length + SINKS:
+            raise ValueError(
+                f"context={self.context} must be longer than the {SINKS} first and residual_length="
+                f"{self.residual_length} latest tokens, which stay unquantised"
+            )
 
     def _rope_dim(self, geometry: Geometry) -> int:
         step = 2 * geometry.num_kv_heads if self.partial_rope in PER_HEAD else 2  # a pair for each key/value head
         rope_dim = self.rope_dim
         if rope_dim is None and self.partial_rope in PER_HEAD:
             rope_dim = max(step, min(geometry.rotary_size, geometry.key_size // 8 // step * step))
+        elif rope_dim is None and self.bits != 16:
+            share = int(self.channel_bits(geometry, geometry.cache_size) / CHANNEL_BITS)
+            rope_dim = max(2, min(geometry.rotary_size // 2, share) // RUN * RUN or share // 2 * 2)
         elif rope_dim is None:
             rope_dim = self._share_of_budget(geometry)
         if not 0 < rope_dim <= geometry.rotary_size:
@@ -148,12 +188,45 @@ class ConversionOptions:
         return rope_dim
 
     @property
-    def _cut(self) -> float:
+    def cut(self) -> float:
+        """The fraction of the cache that is to go."""
         return DEFAULT_REDUCTION if self.reduction is None else self.reduction
 
     def _budget(self, geometry: Geometry) -> int:
         """R + r, where a reduction says how large the cache may be."""
-        return int(geometry.cache_size * (1 - self._cut)) - geometry.key_scales
+        if self.bits == "auto":
+            return geometry.cache_size
+        if self.bits == 16:
+            return int(geometry.cache_size * (1 - self.cut)) - geometry.key_scales
+        # n channels of b bits, and n numbers of every token that stays unquantised
+        whole = 16 * self._unquantised
+        return int(self.channel_bits(geometry, 0) / (float(self.bits) * (1 - self._residual) + whole))
+
+    @property
+    def _residual(self) -> float:
+        """Share of a cache's tokens that its latest ones are."""
+        return self.residual_length / self.context
+
+    @property
+    def _unquantised(self) -> float:
+        """Tokens that stay unquantised, a token of the cache."""
+        return (SINKS + self.residual_length) / self.context
+
+    def channel_bits(self, geometry: Geometry, channels: int) -> float:
+        """Bits that `reduction` leaves for a token's codes in one layer of so many channels.
+
+        ValueError where everything else that the cache holds takes more than it leaves.
+        """
+        numbers = geometry.cache_size * (1 - self.cut) - geometry.key_scales
+        left = 16 * (numbers - channels * self._unquantised) / ((1 - self._residual) if channels else 1)
+        if left < RUN:
+            raise ValueError(
+                f"reduction={self.cut} leaves nothing for a token's codes: of {geometry.cache_size} numbers in 16 bits "
+                f"a cache of {self.context} tokens keeps {numbers:.1f} a token, and its unquantised tokens"
+                + (f" and {geometry.key_scales} scales of keys" if geometry.key_scales else "")
+                + " take those; ask for a smaller reduction, a longer context or a smaller kv_lora_rank"
+            )
+        return left
 
     def _share_of_budget(self, geometry: Geometry) -> int:
         """A quarter of R + r, up to a third where that is less than an eighth of the keys, in whole eights where they
@@ -179,7 +252,7 @@ class ConversionOptions:
         rank = min(budget - rope_dim, geometry.full_rank(rope_dim, self.low_rank))
         if rank < 1:
             raise ValueError(
-                f"reduction={self._cut} leaves {budget} numbers a token a layer, which rope_dim={rope_dim} "
+                f"reduction={self.cut} leaves {budget} numbers a token a layer, which rope_dim={rope_dim} "
                 "alone uses up; ask for a smaller reduction or a smaller rope_dim"
             )
         return rank - rank % 2

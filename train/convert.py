@@ -41,6 +41,7 @@ from mha2mla import (
     reconstruct,
     resolve_options,
 )
+from mha2mla.bits import TOKENS
 from mha2mla.compare import Comparison, compare
 from mha2mla.families import attention_layers, family_of, latent_layers
 from mha2mla.reconstruct import LayerFit
@@ -85,8 +86,10 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
         statistics = collect_statistics(model, calibration, on_tokens)
     with Progress("convert: factor", model.config.num_hidden_layers, "layers") as progress:
         options = ConversionOptions.from_config(config.mla)
-        converted, report = convert(model, options, statistics, lambda _: progress.advance(1))
-    print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)
+        with format_progress(options) as on_tokens:
+            on_layer = lambda _: progress.advance(1)  # noqa: E731
+            converted, report = convert(model, options, statistics, on_layer, calibration, on_tokens)
+    print(f"convert: {summary(report)}", flush=True)
     found = report.to_dict()
     if config.mla.reconstruction_steps:
         comparison, fits = reconstructed(model, converted, calibration, heldout, config)
@@ -127,6 +130,11 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
     check_ids("held-out data", heldout, tokenizer, pretrained)
     print(f"convert: layer by layer from {source}", flush=True)
     options, mla = ConversionOptions.from_config(config.mla), config.mla
+    if options.bits != 16:
+        raise ValueError(
+            f"mla.bits={options.bits}: a conversion layer by layer cannot measure what the loss minds, so it has no way "
+            "to choose a cache format; give launch.streamed=off, or mla.bits=16"
+        )
     with native_autocast(device), layer_progress(layers, "converted") as on_layer:
         found = convert_streamed(
             source,
@@ -142,7 +150,7 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
         )
     assert found.comparison is not None
     report = found.report
-    print(f"convert: {summary(report.cache_size, report.original_cache_size, report.reduction)}", flush=True)
+    print(f"convert: {summary(report)}", flush=True)
     tokenizer.save_pretrained(folder)
     fits = described(found.fits, report.latent_layers) if mla.reconstruction_steps else {}
     write_json(folder / "conversion.json", report.to_dict() | fits | {"comparison": asdict(found.comparison)})
@@ -235,8 +243,21 @@ def layer_progress(layers: int, done: str) -> Iterator[Callable[[int, LayerFit],
         yield lambda index, fit: progress.advance(1)
 
 
-def summary(size: float, original: int, reduction: float) -> str:
-    return f"{size:g} numbers a token a layer instead of {original} (-{100 * reduction:.2f} %)"
+@contextmanager
+def format_progress(options: ConversionOptions) -> Iterator[Callable[[int], None] | None]:
+    """Progress over the text that a cache format is chosen on, where there is one."""
+    if options.bits == 16:
+        yield None
+        return
+    with Progress("convert: cache format", TOKENS, "tokens") as progress:
+        yield progress.advance
+
+
+def summary(report: ConversionReport) -> str:
+    size, original, context = report.cache_size, report.original_cache_size, report.options.context
+    held = f"{size:g} numbers" if report.bits is None else f"{size:g} numbers in {report.bits:.0f} bits"
+    counted = "" if report.bits is None else f" in bytes, all of {context} tokens counted"
+    return f"{held} a token a layer instead of {original} of 16 bits (-{100 * report.reduction:.2f} %{counted})"
 
 
 @stage_main

@@ -69,7 +69,7 @@ class MLAAttention(nn.Module):
         pairs = torch.arange(self.qk_rope_head_dim // 2).expand(self.num_rope_heads, -1)
         self.register_buffer("rope_pair_index", pairs.clone())
         form = layer_format(config, layer_idx)
-        self.cache_tables = None if form is None else CacheTables(form)
+        self.cache_tables = None if form is None else CacheTables(form, self.num_rope_heads, self.qk_rope_head_dim)
 
     @property
     def query_size(self) -> int:
@@ -102,7 +102,7 @@ class MLAAttention(nn.Module):
             extra = {"tables": self.cache_tables, "position_ids": kwargs.get("position_ids")}
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx, **extra)
         else:
-            latent, k_rot = self.quantize(latent, k_rot, kwargs.get("position_ids"))
+            latent, k_rot = self.quantize(latent, k_rot, (cos, sin), kwargs.get("position_ids"))
 
         if past_key_values is not None and self.absorbs(length) and is_score_mask(attention_mask):
             output, weights = self.attend_latent(q_nope, q_rot, latent, k_rot, attention_mask)
@@ -161,14 +161,20 @@ class MLAAttention(nn.Module):
         return latent.unsqueeze(1), k_rot.flatten(2).unsqueeze(1)
 
     def quantize(
-        self, latent: torch.Tensor, k_rot: torch.Tensor, position_ids: torch.Tensor | None
+        self,
+        latent: torch.Tensor,
+        k_rot: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        position_ids: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents [B, 1, S, r] and rotated keys [B, 1, S, R + ..] as a cache of the model's format gives them back."""
         if self.cache_tables is None:
             return latent, k_rot
-        channels, rest = torch.cat((latent, k_rot), -1).split([self.kv_lora_rank + self.rope_dim, self.key_scales], -1)
-        channels = self.cache_tables(channels, position_ids)
-        return channels[..., : self.kv_lora_rank], torch.cat((channels[..., self.kv_lora_rank :], rest), -1)
+        k_rot, rest = k_rot.split([self.rope_dim, self.key_scales], -1)
+        mean = rotate(self.cache_tables.key_mean, *rotation).flatten(2).unsqueeze(1)
+        channels = self.cache_tables(torch.cat((latent, k_rot - mean.to(k_rot.dtype)), -1), position_ids)
+        latent, k_rot = channels.split([self.kv_lora_rank, self.rope_dim], -1)
+        return latent, torch.cat((k_rot + mean.to(k_rot.dtype), rest), -1)
 
     def expand_kv(self, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [B, G, T, K + P] and values [B, G, T, V] from the cached latent [B, 1, T, r] and key [B, 1, T, R]."""

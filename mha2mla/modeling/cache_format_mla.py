@@ -1,15 +1,18 @@
 """The format of a latent cache: how many bits every cached channel of every layer takes, and what its codes mean.
 
-A code c of b bits stands for `minimum + scale * c`, c in 0..2^b - 1. minimum and scale are tables, one number a channel,
-saved with the weights: they cost no byte a token. With `scales="token"` a run's scales are multiplied by one number a
-token, stored with its codes. A channel of 0 bits is its minimum for every token, one of 16 bits is kept as it is. The
-first tokens of a sequence, whose states are far larger than all others', stay unquantised.
+A code c of b bits stands for `minimum + scale * c`, c in 0..2^b - 1. minimum and scale are tables, one number a
+channel, saved with the weights: they cost no byte a token. With `scales="token"` a run's scales are multiplied by one
+number a token, stored with its codes. A channel of 0 bits is its minimum for every token, one of 16 bits is kept as it
+is. The first tokens of a sequence, whose states are far larger than all others', stay unquantised.
+
+Keys have a large mean, and rotation spreads it over a channel's whole range. So a rotated key is kept as its difference
+from the mean key rotated likewise, which its position alone tells: on SmolLM2 that is worth a bit a channel.
 
 `config.cache_format` holds it as JSON does: {"scales", "sink_length", "residual_length", "bits": [[[b, count], ...] or
 None for every layer]}, run lengths over the r + R channels, latent before rotated key.
 
 Quantised here is what windows and training see; quantized_cache_mla.py holds the same numbers in packed bytes.
-Shapes: B batch, S tokens, n = r + R channels.
+Shapes: B batch, S tokens, n = r + R channels; N rotated keys of P numbers, R = N * P.
 """
 
 from dataclasses import dataclass
@@ -62,6 +65,17 @@ def layer_format(config: Any, index: int) -> LayerFormat | None:
     return LayerFormat(bits, given["scales"], given["sink_length"], given["residual_length"])
 
 
+def layer_bytes(form: LayerFormat, key_scales: int, context: int) -> int:
+    """Bytes that one layer's cache holds for a sequence of `context` tokens: codes of all tokens but the latest, every
+    run in whole bytes and with its factor where tokens have some; tokens that stay unquantised, and scales of keys, at
+    two bytes a number."""
+    codes = sum(-(-bits * len(channels) // 8) for bits, channels in form.runs)
+    if form.scales == "token":
+        codes += 2 * sum(bits not in (0, 16) for bits, _ in form.runs)
+    unquantised = form.sink_length + form.residual_length
+    return codes * (context - form.residual_length) + 2 * len(form.bits) * unquantised + 2 * key_scales * context
+
+
 def run_lengths(bits: list[int]) -> list[list[int]]:
     """[[bits, count], ...] of bits a channel."""
     found: list[list[int]] = []
@@ -76,19 +90,20 @@ def run_lengths(bits: list[int]) -> list[list[int]]:
 class CacheTables(nn.Module):
     """What a layer's codes mean, and its channels as their codes give them back.
 
-    minimum, scale: [r + R], learned with the weights where those of the attention are: rounding passes gradients
-    straight through, clipping stops them (LSQ, arXiv 1902.08153, section 2.1).
+    minimum, scale: [r + R], and key_mean [N, P], before rotation; learned with the weights where those of the attention
+    are: rounding passes gradients straight through, clipping stops them (LSQ, arXiv 1902.08153, section 2.1).
     """
 
-    def __init__(self, form: LayerFormat) -> None:
+    def __init__(self, form: LayerFormat, rope_heads: int, rope_size: int) -> None:
         super().__init__()
         self.form = form
         channels = len(form.bits)
         self.minimum = nn.Parameter(torch.zeros(channels))
         self.scale = nn.Parameter(torch.ones(channels))
+        self.key_mean = nn.Parameter(torch.zeros(rope_heads, rope_size))
 
     def forward(self, states: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """States [B, 1, S, n] as a cache gives them back to tokens that come after the first ones."""
+        """States [B, 1, S, n] as their codes give them back, those of the first tokens unchanged."""
         wide = states.float()
         levels = torch.tensor(self.form.levels, dtype=torch.float32, device=states.device)
         minimum, scale = self.spans(wide)

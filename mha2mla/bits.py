@@ -1,0 +1,349 @@
+"""One budget of bits for all cached channels: a format chosen on text, and its tables fitted.
+
+Every channel pays one price per bit, whatever layer it is in: bits go where they lower the loss most, and a channel
+that gets none is gone. So ranks and bits come out of one rule (reverse water-filling, Cover & Thomas, Elements of
+Information Theory, section 10.3.3, with the error that uniform codes are measured to make).
+
+Shapes: N tokens of text, n = r + R channels of a layer, k choices of bits.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mha2mla.families import latent_layers
+from mha2mla.finite import is_finite
+from mha2mla.modeling.attention_mla import rotate
+from mha2mla.modeling.cache_format_mla import CacheTables, layer_format, run_lengths
+from mha2mla.options import RUN, SINKS
+from mha2mla.token_ids import known_ids
+
+CHOICES = (0, 1, 2, 3, 4, 6, 8)
+RIDGE = 1.0  # of the mean sensitivity, added to all directions that few tokens cannot tell apart
+TOKENS = 8192  # of text that tables are fitted to
+GRADIENTS = 4096  # tokens of text that sensitivities come from: they take a backward pass
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class Channels:
+    """What one layer caches, on text.
+
+    samples: [N, n], rotated keys as their differences from the rotated mean key. key_mean: [heads, P], not rotated.
+    fisher: [n, n], E[g gᵀ] of the gradients g of the next-token loss summed over a sequence, or None.
+    """
+
+    samples: torch.Tensor
+    key_mean: torch.Tensor
+    fisher: torch.Tensor | None = None
+
+
+def choose_format(
+    model: Any,
+    batches: Iterable[torch.Tensor],
+    budget: float | None = None,
+    bits: int | None = None,
+    scales: str = "table",
+    residual_length: int = 0,
+    importance: str = "fisher",
+    turn: bool = True,
+    on_tokens: Callable[[int], None] | None = None,
+) -> list[Channels]:
+    """Give a converted model a cache format, in place, with tables fitted to text.
+
+    batches: input_ids [B, S] without padding.
+    budget: bits of a token over all layers, which `importance`, a name of IMPORTANCE, shares out; or `bits`: of every
+        channel.
+    turn: give latents the loss's basis first.
+    Returns what was seen of every latent layer.
+    Raises ValueError without text, and where latents are not finite.
+    """
+    clear_format(model)
+    found = observe(model, batches, gradients=bits is None or turn, on_tokens=on_tokens)
+    if turn:
+        turn_latents(model, found)
+    chosen = [[bits] * layer.samples.shape[1] for layer in found] if bits is not None else None
+    if chosen is None:
+        assert budget is not None, "choose_format takes a budget or a number of bits"
+        chosen = allocate(model, found, budget, importance)
+    set_format(model, chosen, scales, residual_length)
+    fit_tables(model, found)
+    return found
+
+
+def clear_format(model: Any) -> None:
+    model.config.cache_format = None
+    for _, attention in latent_layers(model):
+        attention.cache_tables = None
+
+
+def set_format(model: Any, bits: list[list[int]], scales: str = "table", residual_length: int = 0) -> None:
+    """Give a converted model the format with these bits of every latent layer's channels, in place."""
+    layers: list[Any] = [None] * model.config.num_hidden_layers
+    for (index, _), own in zip(latent_layers(model), bits, strict=True):
+        layers[index] = run_lengths(own)
+    model.config.cache_format = {
+        "scales": scales,
+        "sink_length": SINKS,
+        "residual_length": residual_length,
+        "bits": layers,
+    }
+    for index, attention in latent_layers(model):
+        weight = attention.kv_a_proj_with_mqa.weight
+        form = layer_format(model.config, index)
+        assert form is not None
+        attention.cache_tables = CacheTables(form, attention.num_rope_heads, attention.qk_rope_head_dim)
+        attention.cache_tables.to(weight.device, weight.dtype).train(attention.training)
+
+
+@torch.no_grad()
+def fit_tables(model: Any, found: list[Channels]) -> None:
+    """Set every layer's tables to what loses least of the channels that were seen."""
+    for (_, attention), layer in zip(latent_layers(model), found, strict=True):
+        tables, samples = attention.cache_tables, layer.samples
+        tables.key_mean.copy_(layer.key_mean)
+        for bits, channels in tables.form.runs:
+            if bits != 16:
+                minimum, scale, _ = fit(samples[:, channels], bits, tables.form.scales)
+                tables.minimum[channels], tables.scale[channels] = minimum.to(tables.minimum), scale.to(tables.scale)
+
+
+def refit(model: Any, batches: Iterable[torch.Tensor]) -> None:
+    """Fit a format's tables to what the model caches now."""
+    fit_tables(model, observe(model, batches, gradients=False))
+
+
+def observe(
+    model: Any,
+    batches: Iterable[torch.Tensor],
+    gradients: bool = True,
+    on_tokens: Callable[[int], None] | None = None,
+) -> list[Channels]:
+    """What every latent layer of a model caches on text, and how much the loss minds."""
+    layers = latent_layers(model)
+    samples: list[list[torch.Tensor]] = [[] for _ in layers]
+    rotations: list[list[Rotation]] = [[] for _ in layers]
+    squares: list[Any] = [0.0 for _ in layers]
+    seen = learned = 0
+    training, model_gradients = model.training, [parameter.requires_grad for parameter in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        for batch in batches:
+            for ids in batch.split(1):
+                if seen >= TOKENS:
+                    break
+                wanted = gradients and learned < GRADIENTS
+                with recording(layers, wanted) as states:
+                    run(model, ids, wanted)
+                for place, (channels, (cos, sin)) in enumerate(states):
+                    samples[place].append(channels.detach()[0, 0, SINKS:].float())
+                    rotations[place].append((cos[0, SINKS:], sin[0, SINKS:]))
+                    if channels.grad is not None:
+                        gradient = channels.grad[0, 0, SINKS:].float()
+                        squares[place] = squares[place] + gradient.T @ gradient
+                seen += ids.numel()
+                learned += wanted * (ids.numel() - SINKS)
+                if on_tokens:
+                    on_tokens(ids.numel())
+    finally:
+        model.train(training)
+        for parameter, before in zip(model.parameters(), model_gradients, strict=True):
+            parameter.requires_grad_(before)
+    if not seen:
+        raise ValueError("calibration text is empty: a cache format is chosen on at least one batch")
+    found = []
+    for (_, attention), own, turned, square in zip(layers, samples, rotations, squares, strict=True):
+        found.append(channels_of(attention, own, turned))
+        found[-1].fisher = square / learned if learned else None
+        if not is_finite(found[-1].samples):
+            raise ValueError("the model's latents are not finite on the calibration text: no code holds them")
+    return found
+
+
+def run(model: Any, ids: torch.Tensor, gradients: bool) -> None:
+    """One pass over ids [1, S], and the next-token loss's gradients where they are wanted."""
+    ids = known_ids(model, ids).to(model.device)
+    with torch.set_grad_enabled(gradients):
+        if not gradients:
+            model.base_model(input_ids=ids, use_cache=False)
+            return
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        (loss * (ids.shape[1] - 1)).backward()
+
+
+@contextmanager
+def recording(layers: list[tuple[int, Any]], gradients: bool) -> Iterator[list[tuple[torch.Tensor, Rotation]]]:
+    """Lists channels [1, 1, S, n] and rotation of every layer, unquantised, with gradients once there are any."""
+    found: list[tuple[torch.Tensor, Rotation]] = []
+
+    def record(attention: Any) -> Callable[..., Any]:
+        def quantize(latent: torch.Tensor, k_rot: torch.Tensor, rotation: Rotation, *_: Any) -> Any:
+            sizes = [attention.kv_lora_rank, attention.rope_dim, k_rot.shape[-1] - attention.rope_dim]
+            channels = torch.cat((latent, k_rot[..., : attention.rope_dim]), -1)
+            if gradients:
+                channels.requires_grad_(True) if channels.is_leaf else channels.retain_grad()
+            found.append((channels, rotation))
+            latent, own, rest = torch.cat((channels, k_rot[..., attention.rope_dim :]), -1).split(sizes, -1)
+            return latent, torch.cat((own, rest), -1)
+
+        return quantize
+
+    for _, attention in layers:
+        attention.quantize = record(attention)
+    try:
+        yield found
+    finally:
+        for _, attention in layers:
+            del attention.quantize
+
+
+def channels_of(attention: Any, samples: list[torch.Tensor], rotations: list[Rotation]) -> Channels:
+    """Samples with rotated keys as differences from their rotated mean."""
+    rank, heads = attention.kv_lora_rank, attention.num_rope_heads
+    keys = [own[:, rank:].unflatten(-1, (heads, -1)) for own in samples]
+    # Not every rotation keeps lengths: YaRN and LongRoPE have a factor on cos and sin.
+    lengths = [(cos.square() + sin.square()).float() for cos, sin in rotations]
+    still = [
+        rotate(key, cos, -sin) / length.repeat(1, 1, 2)
+        for key, (cos, sin), length in zip(keys, rotations, lengths, strict=True)
+    ]
+    mean = torch.cat(still).mean(0)
+    differences = [
+        torch.cat((own[:, :rank], own[:, rank:] - rotate(mean, cos, sin).flatten(1)), -1)
+        for own, (cos, sin) in zip(samples, rotations, strict=True)
+    ]
+    return Channels(torch.cat(differences), mean)
+
+
+@torch.no_grad()
+def turn_latents(model: Any, found: list[Channels]) -> None:
+    """Give every latent the basis in which its channels are uncorrelated and the loss minds all errors alike, in place.
+
+    That is the transform whose codes cost least under the loss's own metric M = E[g gᵀ]: the principal axes of M^½ z
+    (transform coding; the projections take it over, so no output changes). The samples are turned too.
+    """
+    for (_, attention), layer in zip(latent_layers(model), found, strict=True):
+        assert layer.fisher is not None
+        rank = attention.kv_lora_rank
+        metric = layer.fisher[:rank, :rank].double()
+        metric += torch.eye(rank, dtype=metric.dtype, device=metric.device) * (RIDGE * metric.diagonal().mean())
+        values, vectors = torch.linalg.eigh(metric)
+        half, back = ((vectors * values.pow(power)) @ vectors.T for power in (0.5, -0.5))
+        centred = layer.samples[:, :rank].double()
+        centred = (centred - centred.mean(0)) @ half
+        _, axes = torch.linalg.eigh(centred.T @ centred)
+        turn, inverse = axes.T.flip(0) @ half, back @ axes.flip(1)
+        down, up = attention.kv_a_proj_with_mqa, attention.kv_b_proj
+        # Channels as long as they were in the mean: one learning rate has to suit both projections.
+        length = down.weight[:rank].double().norm() / (turn @ down.weight[:rank].double()).norm()
+        turn, inverse = turn * length, inverse / length
+        up.weight.copy_(up.weight.double() @ inverse)
+        for own in (down.weight, down.bias):
+            if own is not None:
+                own[:rank] = (turn @ own[:rank].double()).to(own)
+        layer.samples[:, :rank] = (layer.samples[:, :rank].double() @ turn.T).float()
+        mixed = torch.block_diag(
+            inverse, torch.eye(len(layer.fisher) - rank, dtype=torch.double, device=inverse.device)
+        )
+        layer.fisher = (mixed.T @ layer.fisher.double() @ mixed).float()
+
+
+def fit(samples: torch.Tensor, bits: int, scales: str = "table") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """minimum, scale and mean squared error [n] of the codes that lose least of samples [N, n].
+
+    Candidates: the samples' own range, narrower ones about its middle, since a few outliers are better clipped than all
+    others rounded coarsely, and multiples of the standard deviation about the mean.
+    """
+    mean, spread = samples.mean(0), samples.std(0, unbiased=False).clamp_min(1e-8)
+    if bits == 0:
+        return mean, torch.ones_like(mean), samples.var(0, unbiased=False)
+    low, high = samples.amin(0), samples.amax(0)
+    middle, half = (low + high) / 2, ((high - low) / 2).clamp_min(1e-8)
+    levels = 2**bits - 1
+    ranges = [(middle, half * (1 - step / 12)) for step in range(12)] if bits > 2 else []
+    ranges += [(mean, spread * reach) for reach in (0.8, 1.0, 1.2, 1.5, 1.8, 2.2, 2.6, 3.0, 3.5, 4.0)]
+    if scales == "token":
+        ranges = [(mean, spread * 2.5)]  # every token's own factor does the rest
+    best = torch.full_like(mean, torch.inf)
+    minimum, scale = mean, spread
+    for centre, reach in ranges:
+        start, step = centre - reach, 2 * reach / levels
+        codes = ((samples - start) / step).round_().clamp_(0, levels)
+        error = (start + step * codes - samples).square_().mean(0)
+        better = error < best
+        best = torch.where(better, error, best)
+        minimum, scale = torch.where(better, start, minimum), torch.where(better, step, scale)
+    return minimum, scale, best
+
+
+def allocate(model: Any, found: list[Channels], budget: float, importance: str = "fisher") -> list[list[int]]:
+    """Bits of every layer's channels, at most `budget` a token over all layers, in runs that fill bytes.
+
+    Raises ValueError for a budget that leaves nothing.
+    """
+    weights = IMPORTANCE[importance](model, found)
+    costs = []
+    for (_, attention), layer, weight in zip(latent_layers(model), found, weights, strict=True):
+        errors = torch.stack([fit(layer.samples[:4096], bits)[2] for bits in CHOICES], -1)
+        costs.append(of_pairs(errors * weight[:, None], attention))
+    low, high = 1e-20, 1e20
+    chosen = None
+    for _ in range(100):
+        price = (low * high) ** 0.5
+        bits = [
+            at_price(cost, price, attention) for cost, (_, attention) in zip(costs, latent_layers(model), strict=True)
+        ]
+        if sum(map(sum, bits)) > budget:
+            low = price
+        else:
+            high, chosen = price, bits
+    if chosen is None or not any(map(sum, chosen)):
+        raise ValueError(f"a budget of {budget:.0f} bits a token over all layers leaves no channel a bit")
+    return chosen
+
+
+def of_pairs(costs: torch.Tensor, attention: Any) -> torch.Tensor:
+    """Costs [n, k] with those of a rotated pair's two numbers alike: rotation mixes them."""
+    rank = attention.kv_lora_rank
+    rotated = costs[rank:].view(attention.num_rope_heads, 2, -1, costs.shape[-1])
+    return torch.cat((costs[:rank], rotated.mean(1, keepdim=True).expand_as(rotated).flatten(0, 2)))
+
+
+def at_price(costs: torch.Tensor, price: float, attention: Any) -> list[int]:
+    """The bits of a layer's channels that cost least at a price per bit."""
+    choices = torch.tensor(CHOICES, dtype=costs.dtype, device=costs.device)
+    bits = choices[(costs + price * choices).argmin(-1)]
+    rank = attention.kv_lora_rank
+    parts = [(bits[:rank], costs[:rank, 0])] if rank else []
+    parts += [(bits[rank:], costs[rank:, 0])] if attention.rope_dim else []
+    return [int(own) for part in parts for own in in_runs(*part)]
+
+
+def in_runs(bits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Bits [n] with every run of at least b bits rounded to whole bytes of codes, by weight."""
+    order = torch.argsort(
+        bits.double() + weight.double() / (weight.double().max() + 1e-300) / 2, descending=True, stable=True
+    )
+    rounded = torch.zeros_like(bits)
+    for least in sorted(set(bits.tolist())):
+        count = int((bits >= least).sum())
+        count = min(len(bits), (count + RUN // 2) // RUN * RUN) if len(bits) >= RUN else count
+        rounded[order[:count]] = least
+    return rounded
+
+
+def fisher(_model: Any, found: list[Channels]) -> list[torch.Tensor]:
+    """How much the loss minds an error in a channel, by its gradients on text."""
+    return [layer.fisher.diagonal() for layer in found if layer.fisher is not None]
+
+
+def energy(_model: Any, found: list[Channels]) -> list[torch.Tensor]:
+    """All errors alike."""
+    return [torch.ones_like(layer.key_mean.new_zeros(layer.samples.shape[1])) for layer in found]
+
+
+IMPORTANCE = {"fisher": fisher, "energy": energy}
