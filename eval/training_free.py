@@ -66,7 +66,7 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
             statistics = collect_statistics(model, calibration, progress.advance)
     yield {"name": "original", "perplexity": perplexity(model, windows)}
     for name, point, options in points:
-        converted, report = convert(model, options, statistics)
+        converted, report = convert(model, options, statistics, batches=calibration)
         if point.reconstruction_steps:
             layers = model.config.num_hidden_layers
             with native_autocast("cpu"), Progress(f"reconstruct {name}", layers, "layers") as progress:

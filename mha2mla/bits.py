@@ -17,7 +17,7 @@ import torch
 from mha2mla.families import latent_layers
 from mha2mla.finite import is_finite
 from mha2mla.modeling.attention_mla import rotate
-from mha2mla.modeling.cache_format_mla import CacheTables, layer_format, run_lengths
+from mha2mla.modeling.cache_format_mla import CacheTables, LayerFormat, layer_format, run_lengths
 from mha2mla.options import RUN, SINKS
 from mha2mla.token_ids import known_ids
 
@@ -69,7 +69,7 @@ def choose_format(
     chosen = [[bits] * layer.samples.shape[1] for layer in found] if bits is not None else None
     if chosen is None:
         assert budget is not None, "choose_format takes a budget or a number of bits"
-        chosen = allocate(model, found, budget, importance)
+        chosen = allocate(model, found, budget, importance, scales)
     set_format(model, chosen, scales, residual_length)
     fit_tables(model, found)
     return found
@@ -280,7 +280,9 @@ def fit(samples: torch.Tensor, bits: int, scales: str = "table") -> tuple[torch.
     return minimum, scale, best
 
 
-def allocate(model: Any, found: list[Channels], budget: float, importance: str = "fisher") -> list[list[int]]:
+def allocate(
+    model: Any, found: list[Channels], budget: float, importance: str = "fisher", scales: str = "table"
+) -> list[list[int]]:
     """Bits of every layer's channels, at most `budget` a token over all layers, in runs that fill bytes.
 
     Raises ValueError for a budget that leaves nothing.
@@ -297,7 +299,7 @@ def allocate(model: Any, found: list[Channels], budget: float, importance: str =
         bits = [
             at_price(cost, price, attention) for cost, (_, attention) in zip(costs, latent_layers(model), strict=True)
         ]
-        if sum(map(sum, bits)) > budget:
+        if sum(8 * LayerFormat(tuple(own), scales).code_bytes for own in bits) > budget:
             low = price
         else:
             high, chosen = price, bits

@@ -149,6 +149,8 @@ class ConversionOptions:
         query_full = min(geometry.hidden_size, geometry.num_heads * geometry.head_dim)
         if self.q_lora_rank is not None and not 1 <= self.q_lora_rank <= query_full:
             raise ValueError(f"q_lora_rank={self.q_lora_rank} is outside 1..{query_full} (full rank); None keeps W_q")
+        if self.bits == "auto":
+            self.channel_bits(geometry, rank + rope_dim)
         reduction = self.cut if self.bits == "auto" else None
         return replace(self, rope_dim=rope_dim, kv_lora_rank=rank, reduction=reduction)
 

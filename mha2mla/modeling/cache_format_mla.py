@@ -43,6 +43,12 @@ class LayerFormat:
         return [(bits, [place for place, own in enumerate(self.bits) if own == bits]) for bits in found]
 
     @cached_property
+    def code_bytes(self) -> int:
+        """Bytes of a token's codes: every run in whole bytes, and with its factor where tokens have some."""
+        codes = sum(-(-bits * len(channels) // 8) for bits, channels in self.runs)
+        return codes + 2 * sum(bits not in (0, 16) for bits, _ in self.runs) * (self.scales == "token")
+
+    @cached_property
     def levels(self) -> list[int]:
         """Highest code of every channel, [r + R]; 0 where there is none."""
         return [0 if bits == 16 else 2**bits - 1 for bits in self.bits]
@@ -66,14 +72,10 @@ def layer_format(config: Any, index: int) -> LayerFormat | None:
 
 
 def layer_bytes(form: LayerFormat, key_scales: int, context: int) -> int:
-    """Bytes that one layer's cache holds for a sequence of `context` tokens: codes of all tokens but the latest, every
-    run in whole bytes and with its factor where tokens have some; tokens that stay unquantised, and scales of keys, at
-    two bytes a number."""
-    codes = sum(-(-bits * len(channels) // 8) for bits, channels in form.runs)
-    if form.scales == "token":
-        codes += 2 * sum(bits not in (0, 16) for bits, _ in form.runs)
-    unquantised = form.sink_length + form.residual_length
-    return codes * (context - form.residual_length) + 2 * len(form.bits) * unquantised + 2 * key_scales * context
+    """Bytes that one layer's cache holds for a sequence of `context` tokens: codes of all tokens but the latest; tokens
+    that stay unquantised, and scales of keys, at two bytes a number."""
+    unquantised = 2 * len(form.bits) * (form.sink_length + form.residual_length)
+    return form.code_bytes * (context - form.residual_length) + unquantised + 2 * key_scales * context
 
 
 def run_lengths(bits: list[int]) -> list[list[int]]:
