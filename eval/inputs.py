@@ -81,7 +81,8 @@ def prepare(config: Config, model: str, sampled: Path, device: str) -> Inputs:
         texts.append((file.stem, windows))
     for name, found in unseen_texts(config, tokenizer, options.divergence_tokens).items():
         check_ids(f"text '{name}'", found, tokenizer, original)
-        texts.append((name, found))
+        if name not in dict(texts):  # a text of the user's own may be called so
+            texts.append((name, found))
     tasks = []
     for task, rows in load_rows(options, prompter.fits):
         prompts = [prompter.encode(task, row) for row in rows]

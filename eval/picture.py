@@ -1,4 +1,4 @@
-"""The picture of a report or a sweep: KV-cache reduction against what it costs, converted and healed."""
+"""The picture of a report or a sweep: KV-cache reduction against what it costs, converted, healed and quantised."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 COLOURS = {"original": "#444444", "converted": "#c44e52", "healed": "#2a6fbb"}
 MARKS = {"original": "s", "converted": "o", "healed": "D"}
 CODED = (("#8172b3", "^"), ("#937860", "v"), ("#da8bc3", "<"), ("#8c8c8c", ">"))  # of caches in few bits, in turn
+QUANTIZED = ("original, quantised", "#55a868", "P")  # the line of all baselines
 LABELLED = 6  # points; more would cover each other
 
 Result = dict[str, Any]  # a report's results.json
@@ -118,7 +119,7 @@ def draw_curves(
     large: str,
     small: str,
 ) -> None:
-    """The original's mark with a line through it, and a curve each of converted and healed over all points."""
+    """The original's mark with a line through it; curves of baselines, of converted and of healed over all points."""
     converted, healed = (curve(points, model, value) for model in ("converted", "healed"))
     for x, y in converted:
         for other_x, other_y in healed:
@@ -127,15 +128,23 @@ def draw_curves(
     if original is not None:
         axes.axhline(original, color=COLOURS["original"], linewidth=0.8, linestyle=":", zorder=1)
     curves = {"original": [] if original is None else [(0.0, original)], "converted": converted, "healed": healed}
-    coded = [model for model in points[0]["score"] if model not in COLOURS]
+    baselines = list(dict.fromkeys(name for point in points for name in point.get("baselines", ())))
+    coded = [model for model in points[0]["score"] if model not in COLOURS and model not in baselines]
     looks = {model: (COLOURS[model], MARKS[model]) for model in COLOURS} | dict(zip(coded, CODED, strict=False))
     curves |= {model: curve(points, model, value) for model in looks if model in coded}
+    if baselines:
+        name, *look = QUANTIZED
+        looks[name] = (look[0], look[1])
+        found = {place: model for model in baselines for place in curve(points, model, value)}  # points share them
+        curves[name] = sorted(found)
+        for place, model in found.items():
+            axes.annotate(model, place, xytext=(0, -12), textcoords="offset points", ha="center", fontsize=7)
     for model, places in curves.items():
         xs, ys = [x for x, _ in places], [y for _, y in places]
         colour, mark = looks[model]
         style = {"marker": mark, "color": colour, "label": model}
         axes.plot(xs, ys, markersize=7, linewidth=1.4, alpha=0.9, zorder=3, **style)
-        if len(points) > LABELLED:
+        if len(points) > LABELLED or model == QUANTIZED[0]:
             continue
         for x, y in places:
             shown = (large if abs(y) >= 100 or (abs(y) >= 10 and len(points) > 1) else small).format(y) if y else "0"
