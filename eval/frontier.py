@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from eval.tables import number, percent, whole
+from eval.tables import MISSING, number, percent
 
 METRICS = {"kl_divergence": "KL", "perplexity": "perplexity"}
 NEARLY = 0.02  # bytes that differ by no more than this share are the same
@@ -81,15 +81,10 @@ def sentence(results: Results, model: str = "healed") -> str | None:
     if not results.get("baselines") or not results["cache"][model]["bytes_per_token_16_bit"]:
         return None
     text, found = next(iter(results["perplexity"])), verdicts(results, model)
-    cut = results["kv_cache_reduction"]
     if not found:
-        smallest = max(results["baselines"], key=lambda name: cut[name])
-        return (
-            f"No quantised original measured is as small as the {model} model: {smallest} saves "
-            f"{percent(cut[smallest])} of the bytes, the {model} model {percent(cut[model])}."
-        )
+        return beyond(results, model, text)
     outcomes = {each["outcome"] for each in found.values()}
-    held = f"At {whole(results['cache'][model]['bytes_per_token_16_bit'])} bytes a token ({percent(cut[model])} less)"
+    cut = percent(results["kv_cache_reduction"][model])
     if len(outcomes) == 1:
         said = f"{outcome_words(outcomes.pop())} the quantised original"
     else:
@@ -103,7 +98,21 @@ def sentence(results: Results, model: str = "healed") -> str | None:
         f"{METRICS[metric]} {loss(each['model'])} against {loss(each['rival'])} ({from_words(each['baselines'])})"
         for metric, each in found.items()
     ]
-    return f"{held} the {model} model is **{said}**, on {text}: {', '.join(figures)}."
+    return f"At {cut} fewer bytes a token the {model} model is **{said}**, on {text}: {', '.join(figures)}."
+
+
+def beyond(results: Results, model: str, text: str) -> str:
+    """Of a model that is smaller than every baseline: how it stands against the smallest."""
+    cut = results["kv_cache_reduction"]
+    smallest = max(results["baselines"], key=lambda name: cut[name])
+    pairs = {
+        metric: [results.get(metric, {}).get(text, {}).get(name) for name in (model, smallest)] for metric in METRICS
+    }
+    figures = [f"{METRICS[metric]} {loss(own)} against {loss(other)}" for metric, (own, other) in pairs.items() if own]
+    return (
+        f"No quantised original measured is as small as the {model} model: {smallest} saves {percent(cut[smallest])} "
+        f"of the bytes, the {model} model {percent(cut[model])}; on {text}: {', '.join(figures)}."
+    )
 
 
 def outcome_words(outcome: str) -> str:
@@ -114,5 +123,5 @@ def from_words(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"between {names[0]} and {names[1]}"
 
 
-def loss(value: float) -> str:
-    return number(value, 3 if abs(value) < 10 else 1)
+def loss(value: float | None) -> str:
+    return MISSING if value is None else number(value, 3 if abs(value) < 10 else 1)

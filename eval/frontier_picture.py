@@ -18,6 +18,7 @@ LOOKS = {  # colour, mark and line of each kind
     BASELINES["transform"]: ("#8172b3", "X", "-"),
 }
 OTHERS = ("#937860", "v", ":")  # of healed models with their caches in a few bits more
+LINEAR = 5  # percent of change of perplexity up to which its axis is linear
 CUTS = (0.0, 0.5, 0.75, 0.875, 0.9375, 0.96875, 0.984375)  # at which the axis has its marks
 
 Places = list[tuple[float, float, str]]  # reduction, loss, label
@@ -35,7 +36,8 @@ def lines(points: list[Result], loss: Callable[[Result, str], float | None]) -> 
                 continue
             kind = BASELINES[method(model)] if model in baselines else POINTS.get(model, model)
             kind = f"{point['model']}: {kind}" if several else kind
-            found.setdefault(kind, {})[cut, value] = model if model in baselines else ""  # points share their baselines
+            label = f"{model.partition('-')[2]} bit" if model in baselines else ""
+            found.setdefault(kind, {})[cut, value] = label  # points share their baselines
     return {
         kind: [(cut, value, label) for (cut, value), label in sorted(places.items())] for kind, places in found.items()
     }
@@ -46,11 +48,11 @@ def distance(point: Result, text: str, model: str) -> float | None:
     return point.get("kl_divergence", {}).get(text, {}).get(model) or None
 
 
-def ratio(point: Result, text: str, model: str) -> float | None:
-    """Perplexity over the original's."""
+def change(point: Result, text: str, model: str) -> float | None:
+    """Perplexity against the original's, in percent more."""
     values = point["perplexity"].get(text, {})
     own, original = values.get(model), values.get("original")
-    return own / original if own and original else None
+    return 100 * (own / original - 1) if own and original else None
 
 
 def draw_frontier(points: list[Result], file: Path, title: str) -> bool:
@@ -61,7 +63,7 @@ def draw_frontier(points: list[Result], file: Path, title: str) -> bool:
     text = next(iter(points[0]["perplexity"]))
     panels = {
         "kl_divergence": lines(points, lambda point, model: distance(point, text, model)),
-        "perplexity": lines(points, lambda point, model: ratio(point, text, model)),
+        "perplexity": lines(points, lambda point, model: change(point, text, model)),
     }
     panels = {metric: found for metric, found in panels.items() if found}
     if not panels:
@@ -86,7 +88,8 @@ def draw_lines(axes: Any, found: dict[str, Places]) -> None:
         xs, ys = [saved(cut) for cut, _, _ in found[kind]], [value for _, value, _ in found[kind]]
         axes.plot(xs, ys, style, marker=mark, color=colour, label=kind, markersize=6, linewidth=1.4, alpha=0.9)
         for x, (_, y, label) in zip(xs, found[kind], strict=True):
-            axes.annotate(label, (x, y), xytext=(4, -10), textcoords="offset points", fontsize=7, color=colour)
+            place = {"xytext": (-6, 3), "textcoords": "offset points", "ha": "right"}
+            axes.annotate(label, (x, y), fontsize=7, color=colour, **place)
     axes.grid(alpha=0.25, linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -104,8 +107,9 @@ def saved(cut: float) -> float:
 
 def bytes_axis(axes: Any) -> None:
     low, high = axes.get_xlim()
-    kept = [cut for cut in CUTS if low - 1 <= saved(cut) <= high + 1]
-    axes.set_xticks([saved(cut) for cut in kept], [f"{100 * cut:.4g}" for cut in kept])
+    low, high = low - 0.2, high + 0.2
+    kept = [cut for cut in CUTS if low <= saved(cut) <= high]
+    axes.set_xticks([saved(cut) for cut in kept], [f"{100 * cut:.5g}" for cut in kept])
     axes.set_xlim(low, high)
     axes.set_xlabel("reduction of the cache in bytes (%, measured, of the original's 16 bits)")
 
@@ -122,15 +126,16 @@ def divergence_axis(axes: Any) -> None:
 
 
 def change_axis(axes: Any) -> None:
-    """Ratios of perplexities on a logarithmic axis, marked in percent of change."""
+    """Percent of change, logarithmic beyond a few: it may be negative."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
+    axes.set_yscale("symlog", linthresh=LINEAR, linscale=0.5)
+    axes.autoscale(axis="y")
     low, high = axes.get_ylim()
-    marks = [0.5, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000, 1e4, 1e5]
-    kept = [mark for mark in marks if low * 0.9 <= mark <= high * 1.1]
-    axes.set_yscale("log")
+    marks = [sign * mark * 10**power for sign in (-1, 1) for power in range(6) for mark in (1, 2, 5)]
+    kept = [mark for mark in sorted({0, *marks}) if low <= mark <= high and (not mark or abs(mark) >= LINEAR / 2)]
     axes.yaxis.set_major_locator(FixedLocator(kept))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * (value - 1):+,.0f} %" if value != 1 else "original")
-    axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
-    axes.set_ylabel("change of perplexity (log scale)")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+,.0f} %" if value else "0 %")
+    axes.axhline(0, color="#444444", linewidth=0.8, linestyle=":")
+    axes.set_ylabel(f"change of perplexity (log scale beyond {LINEAR} %)")

@@ -132,19 +132,13 @@ def draw_curves(
     coded = [model for model in points[0]["score"] if model not in COLOURS and model not in baselines]
     looks = {model: (COLOURS[model], MARKS[model]) for model in COLOURS} | dict(zip(coded, CODED, strict=False))
     curves |= {model: curve(points, model, value) for model in looks if model in coded}
-    if baselines:
-        name, *look = QUANTIZED
-        looks[name] = (look[0], look[1])
-        found = {place: model for model in baselines for place in curve(points, model, value)}  # points share them
-        curves[name] = sorted(found)
-        for place, model in found.items():
-            axes.annotate(model, place, xytext=(0, -12), textcoords="offset points", ha="center", fontsize=7)
+    draw_baselines(axes, {model: curve(points, model, value) for model in baselines}, len(points) == 1)
     for model, places in curves.items():
         xs, ys = [x for x, _ in places], [y for _, y in places]
         colour, mark = looks[model]
         style = {"marker": mark, "color": colour, "label": model}
         axes.plot(xs, ys, markersize=7, linewidth=1.4, alpha=0.9, zorder=3, **style)
-        if len(points) > LABELLED or model == QUANTIZED[0]:
+        if len(points) > LABELLED:
             continue
         for x, y in places:
             shown = (large if abs(y) >= 100 or (abs(y) >= 10 and len(points) > 1) else small).format(y) if y else "0"
@@ -153,6 +147,25 @@ def draw_curves(
                 ((0 if x == 0 else -2, 8), "center") if model in ("original", "converted") else ((6, -13), "left")
             )
             axes.annotate(shown, (x, y), xytext=place, textcoords="offset points", ha=side, fontsize=8, color=colour)
+
+
+def draw_baselines(axes: Any, found: dict[str, Curve], labelled: bool) -> None:
+    """Marks of the quantised original, and one line through those that no other beats in bytes and loss together."""
+    places = {place: model for model, curve in found.items() for place in curve}  # points of a sweep share them
+    if not places:
+        return
+    name, colour, mark = QUANTIZED
+    best = [place for place in sorted(places) if not any(is_better(other, place) for other in places)]
+    axes.plot(*zip(*places, strict=True), mark, color=colour, markersize=6, alpha=0.5, zorder=2)
+    axes.plot(*zip(*best, strict=True), marker=mark, color=colour, label=name, markersize=7, linewidth=1.4, zorder=2)
+    for place in best if labelled else ():
+        style = {"ha": "right", "fontsize": 7, "color": colour}
+        axes.annotate(places[place], place, xytext=(-6, 3), textcoords="offset points", **style)
+
+
+def is_better(other: tuple[float, float], place: tuple[float, float]) -> bool:
+    """Of two places (reduction, loss): whether the first saves as much and loses no more, and they are not alike."""
+    return other != place and other[0] >= place[0] and other[1] <= place[1]
 
 
 def curve(points: list[Result], model: str, value: Callable[[Result, str], float | None]) -> Curve:
