@@ -86,7 +86,7 @@ def test_the_picture_has_a_line_a_kind_and_shared_baselines_once(tmp_path: Path)
     points = [results(), results(point="q")]
     found = lines(points, lambda point, model: distance(point, "text", model))
     assert set(found) == {*BASELINES.values(), *POINTS.values()}
-    assert [label for _, _, label in found[BASELINES["kivi"]]] == ["kivi-4", "kivi-2"]
+    assert [label for _, _, label in found[BASELINES["kivi"]]] == ["4 bit", "2 bit"]
     assert draw_frontier(points, tmp_path / "frontier.png", "title")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     # Of reports without distances only the perplexity is drawn, and nothing where no bytes were measured.
