@@ -5,6 +5,7 @@ A family is three classes in a file of its own here (<family>_mla.py) and a row 
 
 from typing import Any
 
+from .attention_full_rope_mla import FullRopeMLAAttention
 from .attention_mla import MLAAttention
 from .attention_normed_mla import NormedMLAAttention
 from .attention_served_mla import ServedMLAAttention
@@ -13,6 +14,8 @@ from .attention_served_mla import ServedMLAAttention
 def attention_class(config: Any) -> type[MLAAttention]:
     if config.served:
         return ServedMLAAttention
+    if config.rope_full:
+        return FullRopeMLAAttention
     return NormedMLAAttention if config.key_scales else MLAAttention
 
 
