@@ -46,8 +46,7 @@ def cut(
     query = query.flatten(0, 1)
     if whole.biased:
         state["q_proj.bias" if options.q_lora_rank is None else "q_b_proj.bias"] = query[:, -1]
-        bias = torch.stack((whole.key[..., -1], torch.zeros_like(whole.value[..., -1])), dim=1)
-        state["kv_b_proj.bias"] = bias.flatten()
+        state["key_bias"] = whole.key[..., -1].flatten()
     return Parts(query, whole.key / key_size[:, None, None], key_size, state)
 
 

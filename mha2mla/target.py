@@ -30,8 +30,17 @@ def rotations_of(model: Any) -> list[Rotation]:
 
     Layers that turn alike share one object, since measuring one over a long context takes a while.
     """
-    rotary, config = model.base_model.rotary_emb, model.config
-    return rotations(rotary, config)
+    return rotations(rotary_of(model.base_model), model.config)
+
+
+def rotary_of(decoder: Any) -> Any:
+    """A decoder's rotary embedding, or one like it where a change of the model's dtype has rounded its frequencies: a
+    saved model would not have them rounded, and some hundred tokens on they are off by a radian."""
+    rotary = decoder.rotary_emb
+    frequencies = list(rotary.buffers())
+    if all(each.dtype == torch.float32 for each in frequencies):
+        return rotary
+    return type(rotary)(config=decoder.config).to(frequencies[0].device)
 
 
 def rotations(rotary: Any, config: Any) -> list[Rotation]:
@@ -76,8 +85,9 @@ def layer_kind(rotary: Any, config: Any, index: int) -> tuple[str | None, bool]:
 def rotate_positions(model: Any, states: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [1, S, rotary size] that layer `index` of a decoder gets for states [B, S, d] from position 0."""
     positions = torch.arange(states.shape[1], device=states.device)[None]
-    name, _ = layer_kind(model.rotary_emb, model.config, index)
-    return model.rotary_emb(states, positions) if name is None else model.rotary_emb(states, positions, name)
+    rotary = rotary_of(model)
+    name, _ = layer_kind(rotary, model.config, index)
+    return rotary(states, positions) if name is None else rotary(states, positions, name)
 
 
 def converted_config(config: Any, options: ConversionOptions, attention: Any, ranks: list[int] | None = None) -> Any:

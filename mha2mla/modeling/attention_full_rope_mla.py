@@ -3,7 +3,8 @@
 Keys are made from the latent, normed where the family norms them (Qwen3, Gemma 3, OLMo 2) and only then rotated, so at
 full rank nothing is lost, and truncating or quantising the latent is all that is (Palu, arXiv 2407.21118; KVTC, arXiv
 2511.01815). It is slow to decode: rotation stands between query and latent, so the keys' up-projection cannot move
-into the query, and every step rebuilds and rotates the keys of all cached tokens.
+into the query, and every step rebuilds and rotates the keys of all cached tokens. The values' still moves into the
+output.
 
 A cached latent has no position. None is needed: scores depend on distances alone, and the tokens of a row lie side by
 side in the cache, whatever is padded to their left. Everything rotates by its slot, from the layer's own frequencies.
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention_mla import MLAAttention, rotate
+from .attention_mla import MLAAttention, is_its_weight, is_whole, rotate
 from .attention_normed_mla import HeadNorm
 
 
@@ -23,11 +24,12 @@ class FullRopeMLAAttention(MLAAttention):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         groups, size = self.num_key_value_heads, config.head_dim
-        # A bias of keys that rotate does not cancel in the softmax: it is added before they do.
-        self.kv_b_proj = nn.Linear(self.kv_lora_rank, groups * (size + self.v_head_dim), bias=config.q_proj_bias)
-        if config.qk_norm:
-            self.q_norm = HeadNorm(self.num_heads, size, config.qk_norm_joint, config.qk_norm_eps)
-            self.k_norm = HeadNorm(groups, size, config.qk_norm_joint, config.qk_norm_eps)
+        # A bias of keys that rotate does not cancel in the softmax.
+        self.key_bias = nn.Parameter(torch.zeros(groups * size)) if config.q_proj_bias else None
+        self.q_norm, self.k_norm = (
+            HeadNorm(heads, size, config.qk_norm_joint, config.qk_norm_eps) if config.qk_norm else None
+            for heads in (self.num_heads, groups)
+        )
         self.rope_frequencies: torch.Tensor
         # Float32 numbers, in radians a token, by their bits: a model in half precision must not round them.
         frequencies = torch.zeros((config.rotary_dim or size) // 2, dtype=torch.int32)
@@ -38,7 +40,7 @@ class FullRopeMLAAttention(MLAAttention):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [B, H, S, D], not rotated: the cache tells which slots they are in. And [B, H, S, 0]."""
         query = self.query_rows(hidden_states)
-        query = (self.q_norm(query)[0] if self.config.qk_norm else query).transpose(1, 2)
+        query = (query if self.q_norm is None else self.q_norm(query)[0]).transpose(1, 2)
         return query, query[..., :0]
 
     def project_latents(
@@ -47,23 +49,29 @@ class FullRopeMLAAttention(MLAAttention):
         latent = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
         return latent, latent[..., :0]
 
-    def expand_kv(self, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [B, G, T, D], rotated by their slots 0..T − 1, and values [B, G, T, V] from the latent [B, 1, T, r]."""
-        kv = self.kv_b_proj(latent[:, 0]).unflatten(-1, (self.num_key_value_heads, -1))
-        keys, values = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        keys = self.k_norm(keys)[0] if self.config.qk_norm else keys
-        keys = self.rotate_slots(keys, torch.arange(keys.shape[1], device=keys.device))
-        return keys.transpose(1, 2), values.transpose(1, 2)
-
-    def place_queries(self, query: torch.Tensor, keys: torch.Tensor, past_key_values: Any) -> torch.Tensor:
-        length, slots = query.shape[2], keys.shape[2]
-        filled = torch.tensor(slots, device=query.device)
+    def place_queries(self, q_nope: torch.Tensor, slots: int, past_key_values: Any) -> torch.Tensor:
+        length = q_nope.shape[2]
+        filled = torch.tensor(slots, device=q_nope.device)
         if past_key_values is not None:
             # Static caches hand out slots that are still empty; those of a window have seen more tokens than they hold.
-            seen = torch.as_tensor(past_key_values.get_seq_length(self.layer_idx), device=query.device)
+            seen = torch.as_tensor(past_key_values.get_seq_length(self.layer_idx), device=q_nope.device)
             filled = torch.minimum(filled, seen)
-        own = filled - length + torch.arange(length, device=query.device)
-        return self.rotate_slots(query.transpose(1, 2), own).transpose(1, 2)
+        own = filled - length + torch.arange(length, device=q_nope.device)
+        return self.rotate_slots(q_nope.transpose(1, 2), own).transpose(1, 2)
+
+    def expand_kv(self, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [B, G, T, D], rotated by their slots 0..T - 1, and values [B, G, T, V] from the latent [B, 1, T, r]."""
+        kv = self.kv_b_proj(latent[:, 0]).unflatten(-1, (self.num_key_value_heads, -1))
+        keys, values = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        return self.finish_keys(keys), values.transpose(1, 2)
+
+    def finish_keys(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys [B, T, G, D] out of the latent with bias, norm and rotation, [B, G, T, D]."""
+        if self.key_bias is not None:
+            keys = keys + self.key_bias.view(keys.shape[-2:])
+        if self.k_norm is not None:
+            keys = self.k_norm(keys)[0]
+        return self.rotate_slots(keys, torch.arange(keys.shape[1], device=keys.device)).transpose(1, 2)
 
     def rotate_slots(self, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Queries or keys [B, S, heads, D] rotated by their slots [S]; angles and rotation in float32."""
@@ -74,4 +82,15 @@ class FullRopeMLAAttention(MLAAttention):
         return torch.cat((turned, rows[..., turning:]), dim=-1)
 
     def absorbs(self, queries: int) -> bool:
-        return False
+        """Whether values are better mixed as latents. Keys are made from them either way."""
+        mixing = queries * self.num_heads
+        expanded = (self.kv_lora_rank * self.num_key_value_heads + mixing) * self.v_head_dim
+        return is_its_weight(self.kv_b_proj) and mixing * self.kv_lora_rank < expanded
+
+    def score_latent(self, q_nope: torch.Tensor, q_rot: torch.Tensor, latent: Any, k_rot: Any) -> torch.Tensor:
+        batch, heads, length, size = q_nope.shape
+        states = latent if is_whole(latent) else latent.dense()
+        keys = nn.functional.linear(states[:, 0], self.up_projections()[0].flatten(0, 1))
+        keys = self.finish_keys(keys.unflatten(-1, (self.num_key_value_heads, size)))
+        grouped = q_nope.reshape(batch, self.num_key_value_heads, -1, size) * self.scaling
+        return (grouped @ keys.mT).reshape(batch, heads * length, -1)

@@ -103,6 +103,7 @@ class MLAAttention(nn.Module):
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx, **extra)
         else:
             latent, k_rot = self.quantize(latent, k_rot, (cos, sin), kwargs.get("position_ids"))
+        q_nope = self.place_queries(q_nope, latent.shape[2], past_key_values)
 
         if past_key_values is not None and self.absorbs(length) and is_score_mask(attention_mask):
             output, weights = self.attend_latent(q_nope, q_rot, latent, k_rot, attention_mask)
@@ -122,7 +123,7 @@ class MLAAttention(nn.Module):
                 values = values.contiguous()
             output, weights = attend(
                 self,
-                self.place_queries(torch.cat((q_nope, q_rot), dim=-1), keys, past_key_values),
+                torch.cat((q_nope, q_rot), dim=-1),
                 keys,
                 values,
                 attention_mask,
@@ -160,6 +161,10 @@ class MLAAttention(nn.Module):
         k_rot = rotate(k_rot.unflatten(-1, (self.num_rope_heads, self.qk_rope_head_dim)), cos, sin)
         return latent.unsqueeze(1), k_rot.flatten(2).unsqueeze(1)
 
+    def place_queries(self, q_nope: torch.Tensor, slots: int, past_key_values: Any) -> torch.Tensor:
+        """Unrotated queries [B, H, S, K] as they meet the keys of so many slots, when the cache has taken their own."""
+        return q_nope
+
     def quantize(
         self,
         latent: torch.Tensor,
@@ -184,10 +189,6 @@ class MLAAttention(nn.Module):
         k_rot = k_rot.view(batch, length, self.num_rope_heads, self.qk_rope_head_dim).transpose(1, 2)
         return torch.cat((k_nope, k_rot.expand(-1, self.num_key_value_heads, -1, -1)), dim=-1), values
 
-    def place_queries(self, query: torch.Tensor, keys: torch.Tensor, past_key_values: Any) -> torch.Tensor:
-        """Queries [B, H, S, K + P] as they meet all keys [B, G, T, K + P]; the cache has taken the queries' own."""
-        return query
-
     def absorbs(self, queries: int) -> bool:
         """Whether attending the latent is possible and costs fewer multiplications a cached token than expanding it."""
         if not is_its_weight(self.kv_b_proj):
@@ -210,16 +211,8 @@ class MLAAttention(nn.Module):
         """
         batch, heads, length, _ = q_nope.shape
         groups = self.num_key_value_heads
-        up = self.kv_b_proj.weight.view(groups, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
-        w_key, w_value = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-
-        # Sizes in full: none can be worked out from no numbers, which is what K = 0 leaves where all pairs rotate.
-        grouped = q_nope.reshape(batch, groups, heads // groups * length, self.qk_nope_head_dim)
-        q_latent = torch.einsum("bgqk,gkr->bgqr", grouped, w_key).reshape(batch, heads * length, self.kv_lora_rank)
-        q_rows = self.rope_rows(q_rot).reshape(batch, heads * length, self.rope_dim)
-        # Scaled before the products: queries are few, scores are many.
-        q_latent, q_rows = q_latent * self.scaling, q_rows * self.scaling
-        scores = self.score(q_latent, q_rows, latent, k_rot).view(batch, heads, length, -1)
+        _, w_value = self.up_projections()
+        scores = self.score_latent(q_nope, q_rot, latent, k_rot).view(batch, heads, length, -1)
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if mask is None and length > 1:
@@ -236,6 +229,24 @@ class MLAAttention(nn.Module):
         mixed = mixed.view(batch, groups, -1, self.kv_lora_rank)
         output = torch.einsum("bgqr,gvr->bgqv", mixed, w_value).reshape(batch, heads, length, self.v_head_dim)
         return output.transpose(1, 2), weights
+
+    def up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What makes keys [G, K, r] and values [G, V, r] of a latent."""
+        sizes = [self.qk_nope_head_dim, self.v_head_dim]
+        w_key, w_value = self.kv_b_proj.weight.view(self.num_key_value_heads, sum(sizes), -1).split(sizes, dim=1)
+        return w_key, w_value
+
+    def score_latent(self, q_nope: torch.Tensor, q_rot: torch.Tensor, latent: Any, k_rot: Any) -> torch.Tensor:
+        """Scaled scores [B, H * S, T] of q_nope [B, H, S, K] and q_rot [B, H, S, P] with all that is cached."""
+        batch, heads, length, _ = q_nope.shape
+        groups = self.num_key_value_heads
+        # Sizes in full: none can be worked out from no numbers, which is what K = 0 leaves where all pairs rotate.
+        grouped = q_nope.reshape(batch, groups, heads // groups * length, self.qk_nope_head_dim)
+        w_key, _ = self.up_projections()
+        q_latent = torch.einsum("bgqk,gkr->bgqr", grouped, w_key).reshape(batch, heads * length, self.kv_lora_rank)
+        q_rows = self.rope_rows(q_rot).reshape(batch, heads * length, self.rope_dim)
+        # Scaled before the products: queries are few, scores are many.
+        return self.score(q_latent * self.scaling, q_rows * self.scaling, latent, k_rot)
 
     def score(self, q_latent: torch.Tensor, q_rows: torch.Tensor, latent: Any, k_rot: Any) -> torch.Tensor:
         """Scores [B, H * S, T] of rows [B, H * S, r] and [B, H * S, R] with all that is cached."""

@@ -1,0 +1,342 @@
+"""rope=full: keys that rotate after the latent. Exact at full rank in every family, in every way to run a model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert, reconstruct
+from mha2mla.compare import compare
+from mha2mla.families import attention_layers, geometry_of
+from mha2mla.full_rope import over_rotations
+from mha2mla.modeling.attention_full_rope_mla import FullRopeMLAAttention
+from mha2mla.modeling.attention_mla import MLAAttention
+from mha2mla.native import to_deepseek
+from mha2mla.options import Geometry
+from mha2mla.served import to_served
+from mha2mla.streaming import convert_streamed
+from tests.mha2mla.test_checkpoint import WITHOUT_PACKAGE, block_package
+from tests.tiny import FAMILIES, KV_HEADS, SCALINGS, VARIANTS, relative, tiny_model, tokens
+
+TOLERANCE = 1e-5  # float32 rounding through two layers measures 3e-7 to 1.3e-6; what is wrong measures above 1e-2
+NORMED = ["qwen3", "gemma3_text", "olmo2", "qwen3_moe", "olmoe"]
+TEXT = tokens(16, 24, seed=1).split(4)
+
+
+def full_rank(model: torch.nn.Module, **changes: object) -> ConversionOptions:
+    return ConversionOptions(rope="full", kv_lora_rank=geometry_of(model.config).full_rank(0), **changes)
+
+
+def exact(family: str, heads: str = "gqa", **changes: object) -> tuple[torch.nn.Module, torch.nn.Module]:
+    model = tiny_model(family, KV_HEADS[heads], **changes)
+    return model, convert(model, full_rank(model))[0]
+
+
+def logits(model: torch.nn.Module, ids: torch.Tensor, **inputs: object) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, **inputs).logits
+
+
+@pytest.mark.capability("rope=full")
+@pytest.mark.parametrize(("family", "heads"), VARIANTS)
+def test_full_rank_gives_the_original_logits(family: str, heads: str) -> None:
+    model = tiny_model(family, KV_HEADS[heads])
+    converted, report = convert(model, full_rank(model))
+    assert relative(logits(converted, tokens()), logits(model, tokens())) < TOLERANCE
+    assert report.self_check_error < TOLERANCE and report.geometry.key_scales == 0
+    geometry = geometry_of(model.config)
+    assert report.cache_size == min(geometry.cache_size, geometry.hidden_size)
+    for attention in attention_layers(converted):
+        assert type(attention) is FullRopeMLAAttention and attention.rope_dim == 0
+        frequencies = attention.rope_frequencies.view(torch.float32)
+        attention.rope_frequencies = frequencies.roll(1).contiguous().view(torch.int32)
+    # Control: every pair turns as its neighbour should.
+    assert relative(logits(converted, tokens()), logits(model, tokens())) > 1e-2
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.5,
+}
+ROPES = [("llama", rope) for rope in SCALINGS.values()] + [("qwen3", SCALINGS["yarn"]), ("phi3", LONGROPE)]
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"), ROPES, ids=lambda value: value if isinstance(value, str) else value["rope_type"]
+)
+def test_full_rank_is_exact_under_rope_scaling(family: str, rope: dict) -> None:
+    """Factors on cos and sin too: queries carry them twice."""
+    model, converted = exact(family, rope_parameters=rope)
+    assert relative(logits(converted, tokens()), logits(model, tokens())) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "llama"])
+def test_biases_of_keys_rotate(family: str) -> None:
+    changes = {"attention_bias": True} if family == "llama" else {}
+    model, converted = exact(family, **changes)
+    expected = logits(model, tokens())
+    assert relative(logits(converted, tokens()), expected) < TOLERANCE
+    for attention in attention_layers(converted):
+        attention.key_bias.data.zero_()
+    assert relative(logits(converted, tokens()), expected) > 1e-2
+
+
+def cache_of(kind: str, model: torch.nn.Module) -> DynamicCache | StaticCache:
+    if kind == "dynamic":
+        return DynamicCache(config=model.config)
+    return StaticCache(config=model.config, max_cache_len=32)
+
+
+@torch.no_grad()
+def step_by_step(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
+    """Logits of ids through the cache: twelve in chunks of four, then one at a time."""
+    cache, found, start = cache_of(kind, model), [], 0
+    while start < ids.shape[1]:
+        stop = start + (4 if start < 12 else 1)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, start:stop]
+        inputs = {"attention_mask": mask[:, :stop], "position_ids": positions, "past_key_values": cache}
+        found.append(model(ids[:, start:stop], **inputs, use_cache=True).logits)
+        start = stop
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_gives_the_original_logits(family: str, kind: str, padded: bool) -> None:
+    """Windows shorter than the text among them, where the cache forgets its first slots."""
+    model, converted = exact(family)
+    ids = tokens(2, 20)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    expected = logits(model, ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    full = logits(converted, ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    got, keep = step_by_step(converted, ids, mask, kind), mask.bool()
+    assert relative(full[keep], expected[keep]) < TOLERANCE
+    assert relative(got[keep], expected[keep]) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_queries_turn_by_the_slot_they_are_in(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: queries that always turned as if the last slot that the cache hands out were theirs, or the first."""
+    model, converted = exact("llama")
+    ids = tokens(2, 20)
+    expected = logits(model, ids)
+    assert relative(step_by_step(converted, ids, torch.ones_like(ids), kind), expected) < TOLERANCE
+
+    def misplaced(self: torch.nn.Module, query: torch.Tensor, slots: int, _: object) -> torch.Tensor:
+        own = torch.arange(query.shape[2]) + (slots - query.shape[2] if kind == "static" else 0)
+        return self.rotate_slots(query.transpose(1, 2), own).transpose(1, 2)
+
+    monkeypatch.setattr(FullRopeMLAAttention, "place_queries", misplaced)
+    assert relative(step_by_step(converted, ids, torch.ones_like(ids), kind), expected) > 1e-2
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "granite"])
+def test_both_forwards_are_one_function(family: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values mixed as latents or made from them; which of the two runs depends on the number of queries."""
+    _, converted = exact(family)
+    converted.set_attn_implementation(implementation)
+    ids, found = tokens(2, 20), {}
+    attention = attention_layers(converted)[0]
+    assert attention.absorbs(1) and not attention.absorbs(10_000)
+    absorbed = MLAAttention.attend_latent
+    ran: list[bool] = []
+    monkeypatch.setattr(MLAAttention, "attend_latent", lambda *given: (ran.append(True), absorbed(*given))[1])
+    for always in (True, False):
+        monkeypatch.setattr(FullRopeMLAAttention, "absorbs", lambda self, queries, always=always: always)
+        found[always] = step_by_step(converted, ids, torch.ones_like(ids), "dynamic")
+        assert bool(ran) == always
+        ran.clear()
+    assert relative(found[True], found[False]) < TOLERANCE
+
+
+@pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_generation_is_the_originals(family: str, way: dict) -> None:
+    model, converted = exact(family)
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    ids[1, :4], mask[1, :4] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False} | way
+    assert torch.equal(converted.generate(ids, **options), model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_cache_holds_r_numbers_and_nothing_else(family: str) -> None:
+    converted, report = convert(tiny_model(family), ConversionOptions(rope="full", kv_lora_rank=10))
+    with torch.no_grad():
+        cache = converted(tokens(), use_cache=True).past_key_values
+    assert cache_bytes(cache) == 10 * 4 * tokens().numel() * 2 and report.cache_size == 10
+
+
+CASES = [("qwen2", {}), ("qwen3", {"q_lora_rank": 12}), ("gpt_neox", {"q_lora_rank": 12})]
+
+
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_round_trip_with_and_without_the_package(family: str, options: dict, tmp_path: Path) -> None:
+    model, _ = convert(tiny_model(family), ConversionOptions(rope="full", kv_lora_rank=20, **options))
+    folder, expected = tmp_path / "converted", logits(model, tokens())
+    model.save_pretrained(folder)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder), tokens()), expected)
+    torch.save(tokens(), tmp_path / "ids.pt")
+    (tmp_path / "elsewhere").mkdir()
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", block_package() + WITHOUT_PACKAGE, str(folder), str(tmp_path / "ids.pt")]
+        + [str(tmp_path / "out.pt"), str(torch.get_num_threads())],
+        cwd=tmp_path / "elsewhere",
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert torch.equal(torch.load(tmp_path / "out.pt")[0], expected)
+
+
+def test_half_precision_keeps_the_frequencies(tmp_path: Path) -> None:
+    """Rounded to bfloat16, a frequency is off by up to 0.4 %: by a radian some hundred tokens on."""
+    model = tiny_model("llama")
+    expected = model.model.rotary_emb.inv_freq.clone()
+    converted, _ = convert(model.bfloat16(), full_rank(model))
+    converted.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    for module in (converted, loaded, loaded.float().half()):
+        found = module.model.layers[0].self_attn.rope_frequencies.view(torch.float32)
+        assert torch.equal(found, expected) and not torch.equal(found, found.bfloat16().float())
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens()), logits(converted, tokens()))
+
+
+METHODS = [(family, "attention") for family in FAMILIES]
+METHODS += [(family, name) for family in ("llama", "qwen3") for name in ("joint", "split", "activation", "balanced")]
+
+
+@pytest.mark.parametrize(("family", "low_rank"), METHODS)
+def test_the_error_falls_with_rank_and_ends(family: str, low_rank: str) -> None:
+    model = tiny_model(family)
+    statistics = collect_statistics(model, TEXT)
+    full = geometry_of(model.config).full_rank(0, low_rank)
+    errors = []
+    for rank in (full // 4 // 2 * 2, full // 2, full):
+        options = ConversionOptions(rope="full", kv_lora_rank=rank, low_rank=low_rank)
+        converted, report = convert(model, options, statistics)
+        errors.append(sum(layer.activation_error for layer in report.layers))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-4 < 1e-2 < errors[1]
+    assert relative(logits(converted, tokens()), logits(model, tokens())) < TOLERANCE
+
+
+def test_attention_weighs_keys_by_the_queries_that_meet_them() -> None:
+    """Loses less of the attention than factors that do not know them, in a model whose queries look at few numbers."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.view(4, 2, 4, 32)[:, :, 1:] *= 0.05
+    statistics = collect_statistics(model, TEXT)
+    found = {}
+    for low_rank in ("attention", "activation"):
+        options = ConversionOptions(rope="full", kv_lora_rank=16, low_rank=low_rank, value_weight=1.0)
+        converted, _ = convert(model, options, statistics)
+        found[low_rank] = compare(model, converted, [tokens(8, 24, seed=5)]).kl_divergence
+    assert found["attention"] < 0.7 * found["activation"]
+
+
+@pytest.mark.parametrize("still", [0, 2])
+def test_moments_are_averaged_over_rotations(still: int) -> None:
+    """Against a mean over many random angles, one for every pair; `still` numbers behind them never rotate."""
+    torch.manual_seed(0)
+    rows = torch.randn(3, 6 + still, 12)
+    moment, frequencies = rows @ rows.mT, torch.tensor([1.0, 0.3, 0.0])
+    angles = torch.rand(200_000, 3) * 2 * torch.pi * (frequencies != 0)
+    cos, sin = angles.cos(), angles.sin()
+    vector = torch.randn(6 + still)
+    first, second, rest = vector.split([3, 3, still])
+    turned = torch.cat((cos * first - sin * second, cos * second + sin * first, rest.expand(len(cos), -1)), 1)
+    expected = torch.einsum("ni,gij,nj->g", turned, moment, turned) / len(turned)
+    got = torch.einsum("i,gij,j->g", vector, over_rotations(moment, frequencies), vector)
+    assert torch.allclose(got, expected, rtol=2e-2)
+    assert not torch.allclose(torch.einsum("i,gij,j->g", vector, moment, vector), expected, rtol=2e-2)
+
+
+@pytest.mark.parametrize("family", NORMED)
+def test_norms_are_of_the_keys_that_the_latent_gives(family: str) -> None:
+    """A latent that is scaled leaves normed keys as they are: the scale of a key is not cached, it follows."""
+    model, converted = exact(family)
+    attention = attention_layers(converted)[0]
+    latent = torch.randn(2, 1, 9, attention.kv_lora_rank)
+    with torch.no_grad():
+        keys, values = attention.expand_kv(latent, latent[..., :0])
+        larger, more = attention.expand_kv(latent * 7, latent[..., :0])
+    assert relative(larger, keys) < 1e-3 and relative(more, 7 * values) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_reconstruction_brings_a_short_latent_nearer(family: str) -> None:
+    model = tiny_model(family)
+    options = ConversionOptions(rope="full", kv_lora_rank=16, low_rank="attention")
+    converted, _ = convert(model, options, collect_statistics(model, TEXT))
+    before = compare(model, converted, [tokens(8, 24, seed=5)]).kl_divergence
+    fits = reconstruct(model, converted, tokens(64, 24).split(4), 60, learning_rate=2e-2)
+    assert all(fit.after < fit.before for fit in fits)
+    assert compare(model, converted, [tokens(8, 24, seed=5)]).kl_divergence < 0.95 * before
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_few_bits_lose_more_the_fewer_they_are(bits: int) -> None:
+    model = tiny_model("qwen3")
+    options = full_rank(model, bits=bits, low_rank="attention", context=512)
+    statistics = collect_statistics(model, TEXT)
+    converted, report = convert(model, options, statistics, batches=TEXT)
+    error = relative(logits(converted, tokens(), use_cache=False), logits(model, tokens()))
+    low, high = {8: (1e-4, 0.05), 4: (0.05, 0.5), 2: (0.3, 2.0)}[bits]
+    assert low < error < high and report.bits == bits * report.cache_size
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_layer_by_layer_is_the_same(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "original")
+    options = ConversionOptions(rope="full", kv_lora_rank=16, low_rank="attention")
+    convert_streamed(tmp_path / "original", tmp_path / "out", options, list(TEXT), [])
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    whole, _ = convert(model, options, collect_statistics(model, TEXT))
+    assert relative(logits(streamed, tokens()), logits(whole, tokens())) < 2e-4
+
+
+@pytest.mark.parametrize("export", [to_deepseek, to_served])
+def test_exports_refuse_it(export: object) -> None:
+    with pytest.raises(ValueError, match=r"^no .* model: it has keys that rotate after the latent \(rope=full\)"):
+        export(exact("llama")[1])
+
+
+GEOMETRY = Geometry(hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rope": "half"}, "rope='half' is unknown; choose one of: partial, full"),
+        ({"rope_dim": 24}, "rope=full .*: rope_dim=24 would have no effect; leave it out"),
+        ({"partial_rope": "low", "expected_rotation": True}, "partial_rope=low, expected_rotation=True would have no"),
+        ({"kv_lora_rank": 385}, r"kv_lora_rank=385 with rope_dim=0 is outside 1\.\.384"),
+    ],
+)
+def test_options_without_an_effect_are_errors(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConversionOptions(**{"rope": "full", **options}).resolve(GEOMETRY)
+
+
+def test_sizes_follow_from_the_reduction() -> None:
+    resolved = ConversionOptions(rope="full", reduction=0.6875).resolve(GEOMETRY)
+    assert (resolved.rope_dim, resolved.kv_lora_rank) == (0, 120) and resolved.resolve(GEOMETRY) == resolved
+    normed = Geometry(hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64, key_scales=3)
+    assert ConversionOptions(rope="full", reduction=0.5).resolve(normed).kv_lora_rank == 192
