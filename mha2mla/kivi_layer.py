@@ -95,8 +95,7 @@ class KiviLayer(DynamicLayer):
         if count := self.complete():
             for groups, states in zip(self.groups, self.recent, strict=True):
                 groups.append(states[:, :, :count])
-            # not views: those would keep all tokens alive
-            self.recent = [states[:, :, count:].clone() for states in self.recent]
+            self.recent = [states[:, :, count:].clone() for states in self.recent]  # not views, as in `keep`
 
     def slide(self) -> None:
         """Forget groups that no later token can see."""
@@ -149,19 +148,17 @@ class KiviLayer(DynamicLayer):
                 f"crop to {length} tokens: a sliding window of {self.sliding_window} has forgotten what they attend "
                 "to; call activate_past_recording() before the tokens to remove are added"
             )
-        self.first = [states[:, :, :length] for states in self.first]
+        self.first = [states[:, :, :length].clone() for states in self.first]  # views would keep all tokens alive
         length -= self.offset + self.first[0].shape[2]
         count, rest = divmod(length, self.group_size)
-        if count < self.groups[0].length:
-            if rest:
-                self.recent = [groups.read(self.dtype, count)[:, :, :rest].clone() for groups in self.groups]
-            else:
-                self.recent = [states[:, :, :0] for states in self.recent]
+        if count >= self.groups[0].length:
+            rest = length - self.groups[0].length * self.group_size
+            latest = self.recent
+        else:
+            latest = [groups.read(self.dtype, count) for groups in self.groups]
             for groups in self.groups:
                 groups.truncate(count)
-        else:
-            rest = length - self.groups[0].length * self.group_size
-            self.recent = [states[:, :, :rest] for states in self.recent]
+        self.recent = [states[:, :, :rest].clone() for states in latest]
 
     def change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.first = [change(states) for states in self.first]
