@@ -30,8 +30,9 @@ class KiviCache(Cache):
         head_dim below that.
     residual_length: how many of the latest tokens stay unquantised at least (the paper's R); None: none but those of
         the incomplete group.
-    sink_length: how many of the first tokens stay unquantised. They are the first that the cache gets: of a row that is
-        padded on the left, padding.
+    sink_length: how many of the first tokens stay unquantised. They are the first that the cache gets: in a row that is
+        padded on the left they are padding, and its own first tokens are quantised.
+    max_cache_len: refused, for those who look for a static cache.
 
     Layers with a sliding window are quantised likewise and forget a group when it has left the window.
     Raises ValueError for bits and sizes that are not possible, a converted model and a family that is not supported.

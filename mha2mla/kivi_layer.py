@@ -15,12 +15,11 @@ from mha2mla.kivi_groups import Groups
 class KiviLayer(DynamicLayer):
     """One layer: the first tokens, complete groups, then the latest tokens.
 
-    A layer with a sliding window forgets groups as they leave it, the first tokens together with the first group: it
-    holds up to a group more than the window, and the mask hides that.
+    A layer with a sliding window forgets a group when its last token leaves the window, and the first tokens together
+    with the first group. So it holds up to a group more than the window, and the mask hides that.
     """
 
-    # A crop into a packed group leaves its tokens rounded, unless the past is recorded.
-    is_croppable = False
+    is_croppable = False  # without a trace: an unannounced crop into a packed group leaves its tokens rounded
 
     def __init__(
         self, bits: int, group_size: int, residual_length: int, sink_length: int, sliding_window: int | None
