@@ -299,7 +299,8 @@ def allocate(
         bits = [
             at_price(cost, price, attention) for cost, (_, attention) in zip(costs, latent_layers(model), strict=True)
         ]
-        if sum(8 * LayerFormat(tuple(own), scales).code_bytes for own in bits) > budget:
+        forms = [LayerFormat(tuple(own), scales, rope_dim=model.config.rope_dim) for own in bits]
+        if sum(8 * form.code_bytes for form in forms) > budget:
             low = price
         else:
             high, chosen = price, bits
