@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from conf.evaluation import baseline_bits
+from conf.precision import native_autocast
 from conf.schema import Config
 from data.calibration import calibration_batches
 from eval.generate import NewCache
@@ -49,11 +50,14 @@ def kivi_cache(bits: int) -> NewCache:
 
 
 def transform_coder(model: Any, tokenizer: Any, bits: float, batches: Iterable[torch.Tensor]) -> Any:
-    """The original converted at full rank with `bits` a cached number on average: it quantises its cache by itself.
+    """The original converted at full rank with `bits` a cached number on average, everything that a cache of the default
+    context holds counted: it quantises its cache by itself.
 
     batches: calibration text, int64 input_ids [B, S] each.
     """
-    options: dict[str, Any] = {"rope": "full", "bits": bits}
     batches = [batch.to(model.device) for batch in batches]
-    converted, _ = convert(model, ConversionOptions(**options), collect_statistics(model, batches))
+    options = ConversionOptions(rope="full", low_rank="attention", bits="auto", reduction=1 - bits / 16)
+    with native_autocast(model.device.type):
+        statistics = collect_statistics(model, batches)
+    converted, _ = convert(model, options, statistics, batches=batches)
     return converted.eval()

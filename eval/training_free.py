@@ -75,8 +75,8 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
                 steps, rate = point.reconstruction_steps, point.reconstruction_learning_rate
                 reconstruct(model, converted, calibration, steps, rate, lambda *_: progress.advance(1))
         found = divergence(model, converted, windows)
-        sizes = {"rope_dim": report.options.rope_dim, "kv_lora_rank": report.options.kv_lora_rank}
-        sizes |= {"bits_per_token": report.bits}
+        sizes: dict[str, Any] = {"rope_dim": report.options.rope_dim, "kv_lora_rank": report.options.kv_lora_rank}
+        sizes["bits_per_token"] = report.bits
         losses = {"perplexity": found.perplexity_converted, "kl_divergence": found.kl_divergence}
         row = {"name": name} | plain(point) | sizes | {"reduction": report.reduction} | losses
         if point.reference:

@@ -203,8 +203,8 @@ def recording(layers: list[tuple[int, Any]], gradients: bool) -> Iterator[list[t
 
 def channels_of(attention: Any, samples: list[torch.Tensor], rotations: list[Rotation]) -> Channels:
     """Samples with rotated keys as differences from their rotated mean."""
-    rank, heads = attention.kv_lora_rank, attention.num_rope_heads
-    keys = [own[:, rank:].unflatten(-1, (heads, -1)) for own in samples]
+    rank, heads, size = attention.kv_lora_rank, attention.num_rope_heads, attention.qk_rope_head_dim
+    keys = [own[:, rank:].unflatten(-1, (heads, size)) for own in samples]
     # Not every rotation keeps lengths: YaRN and LongRoPE have a factor on cos and sin.
     lengths = [(cos.square() + sin.square()).float() for cos, sin in rotations]
     still = [
@@ -299,7 +299,8 @@ def allocate(
         bits = [
             at_price(cost, price, attention) for cost, (_, attention) in zip(costs, latent_layers(model), strict=True)
         ]
-        if sum(8 * LayerFormat(tuple(own), scales).code_bytes for own in bits) > budget:
+        forms = [LayerFormat(tuple(own), scales, rope_dim=model.config.rope_dim) for own in bits]
+        if sum(8 * form.code_bytes for form in forms) > budget:
             low = price
         else:
             high, chosen = price, bits
@@ -311,7 +312,7 @@ def allocate(
 def of_pairs(costs: torch.Tensor, attention: Any) -> torch.Tensor:
     """Costs [n, k] with those of a rotated pair's two numbers alike: rotation mixes them."""
     rank = attention.kv_lora_rank
-    rotated = costs[rank:].view(attention.num_rope_heads, 2, -1, costs.shape[-1])
+    rotated = costs[rank:].view(attention.num_rope_heads, 2, attention.qk_rope_head_dim // 2, costs.shape[-1])
     return torch.cat((costs[:rank], rotated.mean(1, keepdim=True).expand_as(rotated).flatten(0, 2)))
 
 

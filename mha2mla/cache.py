@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+OURS = ("mha2mla.", "transformers_modules.")  # the latter where a checkpoint brings its code
+
 
 def cache_bytes(cache: Any, number_bytes: int | None = None) -> int:
     """Bytes of memory behind a transformers `Cache`, quantisation scales and zero points included.
@@ -46,5 +48,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-    elif type(value).__module__.startswith("mha2mla."):  # the parts that our own cache layers are made of
+    elif getattr(value, "of_model", False):
+        return  # tables that a cache reads codes by are the model's, however many tokens it holds
+    elif type(value).__module__.startswith(OURS):  # the parts that our own cache layers are made of
         yield from _tensors(vars(value))

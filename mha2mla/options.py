@@ -249,7 +249,11 @@ class ConversionOptions:
         ValueError where everything else that the cache holds takes more than it leaves.
         """
         numbers = geometry.cache_size * (1 - self.cut) - geometry.key_scales
-        left = 16 * (numbers - channels * self._unquantised) / ((1 - self._residual) if channels else 1)
+        left = (
+            16
+            * (numbers - (channels + geometry.key_scales) * self._unquantised)
+            / ((1 - self._residual) if channels else 1)
+        )
         if left < RUN:
             raise ValueError(
                 f"reduction={self.cut} leaves nothing for a token's codes: of {geometry.cache_size} numbers in 16 bits "

@@ -6,6 +6,8 @@
     ranges = calibrate_ranges(model, batches, bits=4, rope_bits=4)      # once; then a token costs its codes alone
     cache = QuantizedLatentCache(model.config, bits=4, rope_bits=4, ranges=ranges)
 
+    cache = QuantizedLatentCache(model.config)      # of a model with a cache format: its own (modeling/)
+
 The last tokens (`residual_length`) and the first (`sink_length`, whose states are far larger than all others') stay as
 they are; everything between is coded, that of the prompt too, and decoded when it is attended to.
 
@@ -18,17 +20,18 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mha2mla import quantization
 from mha2mla.families import latent_layers
 from mha2mla.finite import is_finite
+from mha2mla.modeling.cache_rows_mla import Rows
+from mha2mla.modeling.quantized_cache_mla import FormatCache
 from mha2mla.quantization import Coded, Range
 from mha2mla.token_ids import known_ids
 
 CHUNK = 2048  # tokens that are coded at once: it takes many times the memory of their codes
-STEP = 256  # tokens that a buffer grows by: a decoded token writes itself and copies nothing
 
 
 @dataclass
@@ -37,33 +40,6 @@ class LayerRanges:
 
     latent: Range
     rope: Range | None
-
-
-class Rows:
-    """A tensor [B, 1, S, n] that grows along S in steps."""
-
-    def __init__(self) -> None:
-        self.buffer: torch.Tensor | None = None
-        self.length = 0
-
-    def view(self) -> torch.Tensor:
-        assert self.buffer is not None
-        return self.buffer[:, :, : self.length]
-
-    def append(self, rows: torch.Tensor) -> None:
-        needed = self.length + rows.shape[2]
-        if self.buffer is None or needed > self.buffer.shape[2]:
-            capacity = -(-needed // STEP) * STEP
-            larger = rows.new_empty(*rows.shape[:2], capacity, rows.shape[3])
-            if self.buffer is not None:
-                larger[:, :, : self.length] = self.view()
-            self.buffer = larger
-        self.buffer[:, :, self.length : needed] = rows
-        self.length = needed
-
-    def change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.buffer is not None:
-            self.buffer = change(self.buffer)
 
 
 class Whole:
@@ -290,10 +266,10 @@ class QuantizedLatentLayer(DynamicLayer):
     prefetch = offload
 
 
-class QuantizedLatentCache(Cache):
+class QuantizedLatentCache(FormatCache):
     """For models that this package converted.
 
-    config: the model's. bits: of the latent, 2, 3, 4 or 8. rope_bits: of the rotated key, or None to keep it whole.
+    config: the model's. Alone, of a model with a cache format, it gives that cache. bits: of the latent, 2, 3, 4 or 8. rope_bits: of the rotated key, or None to keep it whole.
     group_size: channels that share a range, measured for every token and stored with it; default: the largest divisor
         of r up to 32 (of R for the rotated key, at most that). Unused with ranges, one `LayerRanges` a layer from
         `calibrate_ranges`.
@@ -311,6 +287,10 @@ class QuantizedLatentCache(Cache):
         ranges: list[LayerRanges] | None = None,
     ) -> None:
         layers: list[Any] = []
+        asked = (bits, rope_bits, group_size, residual_length, sink_length, ranges)
+        if config.cache_format and asked == (4, None, None, 32, 4, None):
+            super().__init__(config)
+            return
         if config.served:
             raise ValueError("a model's serving form expands latents itself; use the checkpoint it was exported from")
         rope_dim = config.rope_dim
@@ -331,7 +311,7 @@ class QuantizedLatentCache(Cache):
             latent = Store(bits, group, own.latent if own else None)
             rope = Store(rope_bits, rope_group, own.rope if own and rope_bits is not None else None)
             layers.append(QuantizedLatentLayer(latent, rope, rope_dim, residual_length, sink_length))
-        super().__init__(layers=layers)
+        super().__init__(config, layers)
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -11,7 +11,7 @@ Which of the two runs follows from the number of queries: `absorbs` compares the
 Shapes: B batch, S new tokens, T cached tokens, H query heads, G key/value heads, N rotated keys (1 or G),
 r kv_lora_rank, P qk_rope_head_dim, R = N * P, K qk_nope_head_dim, V v_head_dim.
 The cache holds two slots: the latent [B, 1, T, r] and the rotated key [B, 1, T, R] (after rotation). One that keeps
-them in few bits hands out what can be attended to without decoding it (mha2mla/quantized_cache.py).
+them in few bits hands out what can be attended to without decoding it (quantized_cache_mla.py).
 """
 
 from typing import Any
@@ -98,8 +98,11 @@ class MLAAttention(nn.Module):
         k_rot: Any
         latent, k_rot = self.project_latents(hidden_states, cos, sin)
         if past_key_values is not None:
-            # Caches that are not quantised take no notice of the rest.
-            extra = {"tables": self.cache_tables, "position_ids": kwargs.get("position_ids")}
+            extra: dict[str, Any] = {}
+            if self.cache_tables is not None:  # caches that are not quantised take no notice of it
+                rotation = position_embeddings if self.rotates else None
+                extra = {"tables": self.cache_tables, "rotation": rotation, "pairs": self.rope_pair_index}
+                extra["position_ids"] = kwargs.get("position_ids")
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx, **extra)
         else:
             latent, k_rot = self.quantize(latent, k_rot, (cos, sin), kwargs.get("position_ids"))

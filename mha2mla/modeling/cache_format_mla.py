@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .packing_mla import packed_bytes
+
 BITS = (0, 1, 2, 3, 4, 6, 8, 16)
 SCALES = ("table", "token")
 SMALLEST = 2.0**-14  # factor of a token: half precision holds it in full
@@ -29,12 +31,19 @@ SMALLEST = 2.0**-14  # factor of a token: half precision holds it in full
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """One layer's: bits of its channels, [r + R]; how scales are kept; tokens that stay unquantised."""
+    """One layer's: bits of its channels, [r + R], the last `rope_dim` of them the rotated key's; how scales are kept;
+    tokens that stay unquantised."""
 
     bits: tuple[int, ...]
     scales: str = "table"
     sink_length: int = 4
     residual_length: int = 0
+    rope_dim: int = 0
+
+    @property
+    def rank(self) -> int:
+        """r: channels of the latent."""
+        return len(self.bits) - self.rope_dim
 
     @cached_property
     def runs(self) -> list[tuple[int, list[int]]]:
@@ -44,14 +53,20 @@ class LayerFormat:
 
     @cached_property
     def code_bytes(self) -> int:
-        """Bytes of a token's codes: every run in whole bytes, and with its factor where tokens have some."""
-        codes = sum(-(-bits * len(channels) // 8) for bits, channels in self.runs)
-        return codes + 2 * sum(bits not in (0, 16) for bits, _ in self.runs) * (self.scales == "token")
+        """Bytes of a token: codes of latent and rotated key, each in whole bytes, its factors, channels of 16 bits."""
+        codes = packed_bytes(self.bits[: self.rank]) + packed_bytes(self.bits[self.rank :])
+        return codes + 2 * (self.bits.count(16) + max(self.factors, default=-1) + 1)
 
     @cached_property
     def levels(self) -> list[int]:
         """Highest code of every channel, [r + R]; 0 where there is none."""
         return [0 if bits == 16 else 2**bits - 1 for bits in self.bits]
+
+    @cached_property
+    def factors(self) -> list[int]:
+        """Which of a token's factors multiplies every channel's scale, [r + R]; -1 where none does."""
+        coded = [] if self.scales == "table" else [bits for bits, _ in self.runs if bits not in (0, 16)]
+        return [coded.index(bits) if bits in coded else -1 for bits in self.bits]
 
 
 def layer_format(config: Any, index: int) -> LayerFormat | None:
@@ -68,14 +83,27 @@ def layer_format(config: Any, index: int) -> LayerFormat | None:
         raise ValueError(f"cache_format: layer {index} has channels of {unknown[0]} bits; choose of {BITS}")
     if given["scales"] not in SCALES:
         raise ValueError(f"cache_format: scales={given['scales']!r} is unknown; choose one of: {', '.join(SCALES)}")
-    return LayerFormat(bits, given["scales"], given["sink_length"], given["residual_length"])
+    return LayerFormat(bits, given["scales"], given["sink_length"], given["residual_length"], config.rope_dim)
 
 
 def layer_bytes(form: LayerFormat, key_scales: int, context: int) -> int:
     """Bytes that one layer's cache holds for a sequence of `context` tokens: codes of all tokens but the latest; tokens
     that stay unquantised, and scales of keys, at two bytes a number."""
-    unquantised = 2 * len(form.bits) * (form.sink_length + form.residual_length)
-    return form.code_bytes * (context - form.residual_length) + unquantised + 2 * key_scales * context
+    coded = form.code_bytes + 2 * key_scales
+    unquantised = form.sink_length + form.residual_length
+    return coded * (context - form.residual_length) + 2 * (len(form.bits) + key_scales) * unquantised
+
+
+def format_bytes(config: Any, context: int) -> int:
+    """Bytes that the latent layers of a model with a format hold for a sequence of `context` tokens, in 16-bit numbers.
+
+    What the cache keeps beside its layers, cosine and sine of every position, is not in it: a table of the model's that
+    all layers and sequences share, as serving engines have it. Raises ValueError for a model without a format.
+    """
+    forms = [layer_format(config, index) for index in range(config.num_hidden_layers)]
+    if not any(forms):
+        raise ValueError("the model has no cache format: its cache holds r + R numbers a token a layer")
+    return sum(layer_bytes(form, config.key_scales, context) for form in forms if form is not None)
 
 
 def run_lengths(bits: list[int]) -> list[list[int]]:
@@ -107,28 +135,40 @@ class CacheTables(nn.Module):
     def forward(self, states: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
         """States [B, 1, S, n] as their codes give them back, those of the first tokens unchanged."""
         wide = states.float()
-        levels = torch.tensor(self.form.levels, dtype=torch.float32, device=states.device)
-        minimum, scale = self.spans(wide)
-        place = torch.minimum(((wide - minimum) / scale).clamp_min(0), levels)
+        minimum, scale = self.spans(self.factors(wide))
+        place = self.place(wide, minimum, scale)
         codes = place + (place.round() - place).detach()
-        found = torch.where(self.whole(states.device), wide, minimum + scale * codes)
+        whole = torch.tensor([bits == 16 for bits in self.form.bits], device=states.device)
+        found = torch.where(whole, wide, minimum + scale * codes)
         return torch.where(self.is_first(states, position_ids), states, found.to(states.dtype))
 
-    def spans(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """minimum and scale of every channel, [n], or of every token's too, [B, 1, S, n]."""
-        minimum, scale = self.minimum.float(), self.scale.float()
-        if self.form.scales == "table":
-            return minimum, scale
-        factors = torch.ones_like(states)
-        for bits, channels in self.form.runs:
-            if bits not in (0, 16):
-                own = token_factor(states[..., channels], minimum[channels], scale[channels], bits)
-                factors[..., channels] = own
-        half = torch.tensor(self.form.levels, device=states.device) / 2
-        return minimum + scale * half * (1 - factors), scale * factors
+    def place(self, states: torch.Tensor, minimum: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Where states lie on the scale of their codes, not rounded."""
+        levels = torch.tensor(self.form.levels, dtype=torch.float32, device=states.device)
+        return torch.minimum(((states - minimum) / scale).clamp_min(0), levels)
 
-    def whole(self, device: torch.device) -> torch.Tensor:
-        return torch.tensor([bits == 16 for bits in self.form.bits], device=device)
+    def factors(self, states: torch.Tensor) -> torch.Tensor | None:
+        """What multiplies the scales of every run of a token, [..., k] of states [..., n] in float32, if anything."""
+        if self.form.scales == "table":
+            return None
+        minimum, scale = self.minimum.float(), self.scale.float()
+        own = [
+            token_factor(states[..., channels], minimum[channels], scale[channels], bits)
+            for bits, channels in self.form.runs
+            if bits not in (0, 16)
+        ]
+        return torch.cat(own, -1) if own else None
+
+    def spans(self, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """minimum and scale of every channel, [n], or with factors [..., k] of every token's, [..., n]."""
+        minimum, scale = self.minimum.float(), self.scale.float()
+        if factors is None:
+            return minimum, scale
+        index = torch.tensor(self.form.factors, device=scale.device)
+        # Channels without a factor take the one behind the last.
+        factor = nn.functional.pad(factors, (0, 1), value=1.0)[..., index]
+        half = torch.tensor(self.form.levels, device=scale.device) / 2
+        return minimum + scale * half * (1 - factor), scale * factor
 
     def is_first(self, states: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
         """Which tokens stay unquantised, [B or 1, 1, S, 1]."""
