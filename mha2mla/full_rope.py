@@ -12,6 +12,8 @@ from mha2mla.options import ConversionOptions, Geometry
 from mha2mla.projections import Norms, Projections
 from mha2mla.rotation import Rotation
 
+FARTHEST = 512  # tokens; distances that errors of keys are weighed over: most attention is near
+
 
 @dataclass
 class Parts:
@@ -59,20 +61,31 @@ def query_factor(rotation: Rotation, size: int) -> torch.Tensor:
 
 def seen_by_keys(moment: torch.Tensor, norms: Norms | None, rotation: Rotation) -> torch.Tensor:
     """From E[q qᵀ] of the queries that meet a group's keys, before rotation, that of an un-rotated key's error, both
-    [G, D, D]: averaged over rotations, and through the weight of a norm on keys."""
+    [G, D, D]: in the mean over distances, and through the weight of a norm on keys."""
     factor = query_factor(rotation, moment.shape[-1]).to(moment)
-    seen = over_rotations(moment * factor * factor[:, None], rotation.frequencies)
+    seen = over_distances(moment * factor * factor[:, None], rotation)
     return seen if norms is None else seen * norms.key[:, None] * norms.key[:, :, None]
 
 
-def over_rotations(moment: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Mean of Rᵀ M R over all angles of every pair, each on its own: M [G, D, D], frequencies [F].
+def over_distances(moment: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """E[R(-Δθ)ᵀ M R(-Δθ)] of M [G, D, D] over distances Δ with weights ∝ 1 / (1 + Δ).
 
-    Of a pair only its energy is left, the same on both numbers; what does not rotate stays as it is.
+    Of pairs that turn fast only the energy is left, the same on both numbers; slow ones keep their direction, and what
+    is common to two that turn alike.
     """
-    size = 2 * len(frequencies)
-    still = torch.ones(moment.shape[-1], dtype=torch.bool, device=moment.device)
-    still[:size] = (frequencies == 0).repeat(2).to(moment.device)
-    energy = moment.diagonal(dim1=1, dim2=2).clone()
-    energy[:, :size] = energy[:, :size].unflatten(1, (2, -1)).mean(1).repeat(1, 2)
-    return torch.where(still[:, None] & still, moment, torch.diag_embed(energy))
+    size, pairs = moment.shape[-1], len(rotation.frequencies)
+    still = torch.zeros(size - 2 * pairs, dtype=torch.float64)
+    frequencies = rotation.frequencies.double().cpu()
+    phases = torch.cat((frequencies, -frequencies, still))
+    distances = torch.arange(min(rotation.context, FARTHEST), dtype=torch.float64)
+    turns = torch.exp(-1j * distances[:, None] * phases)
+    weights = 1 / (1 + distances)
+    mean = (turns.conj() * (weights / weights.sum())[:, None]).T @ turns
+    # In this basis a rotation is diagonal.
+    one = torch.eye(pairs, dtype=torch.complex128) / 2**0.5
+    basis = torch.block_diag(
+        torch.cat((torch.cat((one, one), 1), torch.cat((-1j * one, 1j * one), 1))), torch.eye(len(still))
+    )
+    basis, mean = basis.to(moment.device), mean.to(moment.device)
+    inner = basis.mH @ moment.to(basis.dtype) @ basis
+    return (basis @ (inner * mean) @ basis.mH).real.to(moment.dtype)

@@ -178,7 +178,7 @@ class ConversionOptions:
         if given:
             raise ValueError(
                 f"rope=full rotates every key when it is made from the latent: {', '.join(given)} would have no "
-                "effect; leave it out, or use rope=partial"
+                "effect; leave it out (method=full-rope does), or use rope=partial"
             )
 
     def _check_bits(self) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,16 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert, reconstruct
 from mha2mla.compare import compare
 from mha2mla.families import attention_layers, geometry_of
-from mha2mla.full_rope import over_rotations
+from mha2mla.full_rope import over_distances
 from mha2mla.modeling.attention_full_rope_mla import FullRopeMLAAttention
-from mha2mla.modeling.attention_mla import MLAAttention
+from mha2mla.modeling.attention_mla import MLAAttention, rotate
+from mha2mla.modeling.quantized_cache_mla import FormatCache
 from mha2mla.native import to_deepseek
 from mha2mla.options import Geometry
+from mha2mla.rotation import Rotation
 from mha2mla.served import to_served
 from mha2mla.streaming import convert_streamed
+from tests.mha2mla.test_cache_format import ROUNDING, error, formatted, stepwise, window
 from tests.mha2mla.test_checkpoint import WITHOUT_PACKAGE, block_package
 from tests.tiny import FAMILIES, KV_HEADS, SCALINGS, VARIANTS, relative, tiny_model, tokens
 
@@ -250,21 +254,21 @@ def test_attention_weighs_keys_by_the_queries_that_meet_them() -> None:
     assert found["attention"] < 0.7 * found["activation"]
 
 
-@pytest.mark.parametrize("still", [0, 2])
-def test_moments_are_averaged_over_rotations(still: int) -> None:
-    """Against a mean over many random angles, one for every pair; `still` numbers behind them never rotate."""
+@pytest.mark.parametrize("still", [0, 3])
+def test_moments_are_averaged_over_distances(still: int) -> None:
+    """Against the sum written out; `still` numbers behind three pairs never rotate, nor does the last pair."""
     torch.manual_seed(0)
-    rows = torch.randn(3, 6 + still, 12)
-    moment, frequencies = rows @ rows.mT, torch.tensor([1.0, 0.3, 0.0])
-    angles = torch.rand(200_000, 3) * 2 * torch.pi * (frequencies != 0)
-    cos, sin = angles.cos(), angles.sin()
-    vector = torch.randn(6 + still)
-    first, second, rest = vector.split([3, 3, still])
-    turned = torch.cat((cos * first - sin * second, cos * second + sin * first, rest.expand(len(cos), -1)), 1)
-    expected = torch.einsum("ni,gij,nj->g", turned, moment, turned) / len(turned)
-    got = torch.einsum("i,gij,j->g", vector, over_rotations(moment, frequencies), vector)
-    assert torch.allclose(got, expected, rtol=2e-2)
-    assert not torch.allclose(torch.einsum("i,gij,j->g", vector, moment, vector), expected, rtol=2e-2)
+    rows = torch.randn(2, 6 + still, 12)
+    moment, rotation = rows @ rows.mT, Rotation(torch.tensor([1.0, 0.3, 0.0]), 1.0, context=50)
+    expected, weights = torch.zeros_like(moment), 1 / (1 + torch.arange(50.0))
+    for distance, weight in enumerate(weights / weights.sum()):
+        angles = -distance * rotation.frequencies
+        turned = rotate(torch.eye(6 + still)[:, None, :6], angles.cos(), angles.sin())[:, 0]
+        turn = torch.block_diag(turned[:6].T, torch.eye(still))
+        expected += weight * turn.T @ moment @ turn
+    got = over_distances(moment, rotation)
+    assert relative(got, expected) < TOLERANCE and relative(moment, expected) > 0.1
+    assert relative(over_distances(moment, replace(rotation, frequencies=-rotation.frequencies)), expected) > 1e-2
 
 
 @pytest.mark.parametrize("family", NORMED)
@@ -301,6 +305,28 @@ def test_few_bits_lose_more_the_fewer_they_are(bits: int) -> None:
     assert low < error < high and report.bits == bits * report.cache_size
 
 
+@pytest.mark.parametrize("scales", ["table", "token"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_decoding_is_one_window_with_simulated_codes(family: str, scales: str) -> None:
+    """Padded rows too, which come out as alone. Control: the table of one channel belongs to another."""
+    model, ids = formatted(family, scales, rope="full", rope_dim=0, kv_lora_rank=16), tokens(2, 26)
+    expected = window(model, ids)
+    for prompt in (0, 15):
+        assert error(stepwise(model, ids, FormatCache(model.config), prompt), expected) < ROUNDING
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    positions, cache, found = (mask.cumsum(1) - 1).clamp_min(0), FormatCache(model.config), []
+    for part in [slice(0, 15), *(slice(n, n + 1) for n in range(15, 26))]:
+        own = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
+        found.append(logits(model, ids[:, part], past_key_values=cache, **own))
+    padded = torch.cat(found, 1)
+    assert error(padded[0], expected[0]) < ROUNDING
+    assert error(padded[1, 5:], window(model, ids[1:, 5:])[0]) < ROUNDING
+    tables = attention_layers(model)[0].cache_tables
+    tables.minimum.data += 3 * tables.scale.data
+    assert relative(stepwise(model, ids, FormatCache(model.config), 15), expected) > 1e-2
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_layer_by_layer_is_the_same(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
@@ -316,6 +342,24 @@ def test_layer_by_layer_is_the_same(family: str, tmp_path: Path) -> None:
 def test_exports_refuse_it(export: object) -> None:
     with pytest.raises(ValueError, match=r"^no .* model: it has keys that rotate after the latent \(rope=full\)"):
         export(exact("llama")[1])
+
+
+def test_layers_share_ranks_and_windows_stay() -> None:
+    """With allocated ranks, and with layers of a sliding window left as they are."""
+    model = tiny_model("gemma3_text")
+    statistics = collect_statistics(model, TEXT)
+    options = ConversionOptions(rope="full", kv_lora_rank=12, low_rank="attention", rank_allocation="energy")
+    converted, report = convert(model, options, statistics)
+    ranks = [layer.kv_lora_rank for layer in report.layers]
+    assert sum(ranks) == 24 and ranks[0] != ranks[1] and report.cache_size == 12
+    assert (
+        relative(step_by_step(converted, tokens(), torch.ones_like(tokens()), "dynamic"), logits(converted, tokens()))
+        < TOLERANCE
+    )
+    half, report = convert(model, full_rank(model, layers="full-attention"))
+    assert report.latent_layers == [1]
+    got = step_by_step(half, tokens(), torch.ones_like(tokens()), "dynamic")
+    assert relative(got, logits(model, tokens())) < TOLERANCE
 
 
 GEOMETRY = Geometry(hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64)
