@@ -51,7 +51,7 @@ class FormatLayer(DynamicLayer):
     def clear(self) -> None:
         self.is_initialized = False
         self.starts = Starts()
-        self.codes, self.kept, self.factors = (Rows(), Rows()), (Rows(), Rows()), Rows()
+        self.codes, self.kept, self.factors = (Rows(3), Rows(3)), (Rows(), Rows()), Rows(3)
         self.first: list[torch.Tensor] = []
         self.recent: list[torch.Tensor] = []
         self.length = 0
@@ -144,7 +144,7 @@ class FormatLayer(DynamicLayer):
             if len(meaning.whole):
                 self.kept[slot].append(given[slot][..., meaning.whole])
         if factors is not None:
-            self.factors.append(factors.half())
+            self.factors.append(factors.half().mT)
 
     def packed(self, slot: int) -> Packed:
         kept, factors = self.kept[slot], self.factors
@@ -161,9 +161,9 @@ class FormatLayer(DynamicLayer):
         found = []
         for start in range(0, self.codes[slot].length, CHUNK):
             tokens = slice(start, min(start + CHUNK, self.codes[slot].length))
-            factors = self.factors.view()[:, :, tokens].float() if self.factors.length else None
+            factors = self.factors.view()[..., tokens].mT.float() if self.factors.length else None
             minimum, scale = (values[..., part] for values in reading.tables.spans(factors))
-            own = minimum + scale * meaning.packing.codes(self.codes[slot].view()[:, :, tokens])
+            own = minimum + scale * meaning.packing.codes(self.codes[slot].view()[..., tokens])
             own = nn.functional.pad(own.to(self.dtype), (0, meaning.size - meaning.channels))
             if len(meaning.whole):
                 own[..., meaning.whole] = self.kept[slot].view()[:, :, tokens]
