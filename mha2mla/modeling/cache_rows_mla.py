@@ -155,4 +155,3 @@ class MeanKeys:
         cos, sin = torch.cat((first, second), -1), torch.cat((-second, first), -1)
         own = torch.cat((own, own), 1)
         return torch.cat((cos[..., None] * own, sin[..., None] * own), -1).flatten(0, 1)
-

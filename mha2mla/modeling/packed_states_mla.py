@@ -13,8 +13,8 @@ import torch
 from .cache_format_mla import CacheTables
 from .packing_mla import packing
 
-PIECE = {"cpu": 2**19}  # numbers that are unpacked at once
-STRETCH = 2048  # of tokens of a sequence
+PIECE = {"cpu": 2**21}  # numbers that are unpacked at once
+STRETCH = 512  # of tokens of a sequence
 LARGE = 2**26  # on devices without such a cache
 
 
@@ -30,7 +30,7 @@ class Meaning:
         minimum, scale = (values.detach()[channels] for values in tables.spans(None))
         bits, factors = form.bits[channels], form.factors[channels]
         self.packing = packing(bits, device)
-        levels = torch.tensor(form.levels[channels], device=device)
+        levels = tables.levels[channels]
         kept = torch.tensor([own == 16 for own in bits], device=device)
         self.middle = torch.where(kept, 0, minimum + scale * levels / 2)
         self.weight = scale[self.packing.channel] * self.packing.power
@@ -72,9 +72,12 @@ class Packed:
                 shape = codes.shape[0], packing.columns, codes.shape[2]
                 count = shape[0] * shape[1] * shape[2]
                 columns = numbers[:count].view(shape)  # side by side whatever its size: products would copy it else
-                columns.copy_(packing.unpack(codes, integers[:count].view(shape)))
-                if self.factors is not None:
-                    columns.mul_(self.factors[some, :, tokens].to(dtype).index_select(1, self.meaning.factor))
+                whole = packing.unpack(codes, integers[:count].view(shape))
+                if self.factors is None:
+                    columns.copy_(whole)
+                else:
+                    factors = self.factors[some, :, tokens].to(dtype).index_select(1, self.meaning.factor)
+                    torch.mul(whole, factors, out=columns)
                 yield some, tokens, columns
 
     def dot(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 Codes are split into parts of 8, 4, 2 or 1 bits, 6 bits as 4 and 2, 3 bits as 2 and 1, and a byte holds parts of one
 size: the bytes of a token are those of the 8-bit parts, then of 4, 2 and 1. A part is read by a mask and stays where it
-lies in its byte: what it is too large by, a power of two, moves into the weight of its column. So unpacking is one `&` a
-size and one conversion, whatever mixture of bits there is. Tokens are side by side in memory, so that these run over
+lies in its byte: what it is too large by, a power of two, moves into the weight of its column. So unpacking is one `&`
+a size and one conversion, whatever mixture of bits there is. Tokens are side by side in memory, so that these run over
 long stretches.
 
 Shapes: n channels, W bytes a token, C columns (one a part and padding), T tokens.
@@ -30,7 +30,8 @@ class Packing:
         widths = {size: -(-len(parts[size]) * size // 8) for size in SIZES}
         self.width = sum(widths.values())
         self.planes: list[tuple[slice, slice, torch.Tensor]] = []  # bytes and columns of a size of parts, and its masks
-        channel, up, low, place_of, power = [], [], [], [], []
+        power: list[float] = []
+        channel, up, low, place_of, byte = (list[int]() for _ in range(5))
         start = 0
         for size in SIZES:
             if not widths[size]:
@@ -42,6 +43,7 @@ class Packing:
                 place = places[number // widths[size]]
                 channel.append(own)
                 up.append(shift)
+                byte.append(start + number % widths[size])
                 low.append((2**size - 1) if own >= 0 else 0)
                 place_of.append(place)
                 power.append(2.0 ** (shift - place))
@@ -59,22 +61,17 @@ class Packing:
         self.power = tensor([p * (own >= 0) for p, own in zip(power, channel, strict=True)], torch.float32)
         middles = [(most << place) / 2 for most, place in zip(low, place_of, strict=True)]
         self.middle = tensor(middles, torch.float32)  # of a column's numbers
-        self.low, self.up, self.place = (tensor(values, torch.uint8) for values in (low, up, place_of))
-        firsts, seconds = columns_of(channel, self.channels)
-        self.coded = tensor([own for own, column in enumerate(firsts) if column >= 0], torch.long)
-        self.first = tensor([column for column in firsts if column >= 0], torch.long)
-        double = [own for own, column in enumerate(seconds) if column >= 0]
-        self.double = tensor(double, torch.long)
-        self.second = tensor([seconds[own] for own in double], torch.long)
+        self.low, self.up, self.place = (tensor(values, torch.uint8)[:, None] for values in (low, up, place_of))
+        self.byte = tensor(byte, torch.long)
+        # The columns of every channel's first and second part; the one behind the last where it has none.
+        self.first, self.second = (tensor(own, torch.long) for own in columns_of(channel, self.channels))
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Bytes [..., W, T] of codes [..., T, n], uint8 below 2^bits."""
-        packed = codes.new_zeros(*codes.shape[:-1], self.width)
-        for here, columns, masks in self.planes:
-            own = (codes.index_select(-1, self.channel[columns]) >> self.up[columns]) & self.low[columns]
-            places = (own << self.place[columns]).unflatten(-1, (len(masks), -1)).unbind(-2)
-            packed[..., here] = functools.reduce(torch.bitwise_or, places)
-        return packed.mT
+        columns = codes.mT.index_select(-2, self.channel)
+        columns = columns.bitwise_right_shift_(self.up).bitwise_and_(self.low).bitwise_left_shift_(self.place)
+        packed = codes.new_zeros(*columns.shape[:-2], self.width, columns.shape[-1])
+        return packed.index_add_(-2, self.byte, columns)  # no two parts share a bit
 
     def unpack(self, packed: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
         """Columns, whole numbers up to 255, of bytes [..., W, T], written to `found` [..., C, T], uint8."""
@@ -85,11 +82,8 @@ class Packing:
 
     def to_channels(self, columns: torch.Tensor) -> torch.Tensor:
         """Columns [..., C], weighted by their powers or what follows from them, added up to channels [..., n]."""
-        found = columns.new_zeros(*columns.shape[:-1], self.channels)
-        found[..., self.coded] = columns[..., self.first]
-        if len(self.double):
-            found[..., self.double] += columns[..., self.second]
-        return found
+        columns = torch.nn.functional.pad(columns, (0, 1))
+        return columns.index_select(-1, self.first) + columns.index_select(-1, self.second)
 
     def codes(self, packed: torch.Tensor) -> torch.Tensor:
         """Codes [..., T, n] of bytes [..., W, T], as float32; 0 for channels that have none."""
@@ -115,12 +109,13 @@ def parts_of(bits: Sequence[int], size: int) -> list[tuple[int, int]]:
 
 
 def columns_of(channel: list[int], channels: int) -> tuple[list[int], list[int]]:
-    """The columns of every channel's first and second part; -1 where it has none."""
-    firsts, seconds = [-1] * channels, [-1] * channels
+    """The columns of every channel's first and second part; the number of columns where it has none."""
+    found: list[list[int]] = [[] for _ in range(channels)]
     for column, own in enumerate(channel):
         if own >= 0:
-            (firsts if firsts[own] < 0 else seconds)[own] = column
-    return firsts, seconds
+            found[own].append(column)
+    filled = [[*own, len(channel), len(channel)] for own in found]
+    return [own[0] for own in filled], [own[1] for own in filled]
 
 
 def packed_bytes(bits: Sequence[int]) -> int:

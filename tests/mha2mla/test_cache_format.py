@@ -34,7 +34,9 @@ def formatted(family: str = "llama", scales: str = "table", residual: int = 0, *
     return model
 
 
-def stepwise(model: torch.nn.Module, ids: torch.Tensor, cache: object, prompt: int = 0, **kwargs: object) -> torch.Tensor:
+def stepwise(
+    model: torch.nn.Module, ids: torch.Tensor, cache: object, prompt: int = 0, **kwargs: object
+) -> torch.Tensor:
     """Logits of a prompt in two pieces, then of one token at a time."""
     pieces = [*ids[:, :prompt].split(max(1, prompt - prompt // 3), 1), *ids[:, prompt:].split(1, 1)]
     pieces = [piece for piece in pieces if piece.numel()]
