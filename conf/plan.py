@@ -1,6 +1,7 @@
 """The stages of one configuration: their folders, and how each one's key follows from the ones before.
 
 outputs/<model>/original/            scores of the unconverted model, shared by every point
+outputs/<model>/baselines/<name>/    scores of the unconverted model with a quantised cache, shared by every point
 outputs/<model>/conversations-<name>/  what the original says, where a source is generated
 outputs/<model>/data-<name>/         sampled shards, shared by every point
 outputs/<model>/<point>/convert/     converted checkpoint
@@ -15,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from conf.evaluation import EvalConfig
+from conf.evaluation import EvalConfig, baseline_bits
 from conf.models import data_folder, model_fingerprint, teacher_config
 from conf.schema import DISTILLATION, Config, DataConfig, ExportStage, SourceKind
 from conf.stage import Stage, fingerprint, write_json
@@ -83,17 +84,19 @@ class Plan:
             {"convert": self.convert.key, "sample": self.sample.key} | teacher_fingerprint(config),
             unfinished=("checkpoints",),
         )
-        scores = {"eval": without(plain(config.eval), "batch_size")}
+        scores = {"eval": without(plain(config.eval), "batch_size", "baselines")}
         files = eval_fingerprints(config.eval)
         original = model | files | {"sample": self.sample.key}
         uncoded = {"eval": without(scores["eval"], "cache_bits")}
         self.original = Stage("original", self.model_dir / "original", uncoded, original)
+        self.baselines = {name: self.baseline(name) for name in dict.fromkeys(config.eval.baselines)}
         self.evaluate = Stage("evaluate", self.run_dir / "evaluate", scores, files | {"finetune": self.finetune.key})
         self.report = Stage(
             "report",
             self.run_dir / "report",
             {"tracking": plain(config.tracking)},
-            {"original": self.original.key, "evaluate": self.evaluate.key},
+            {"original": self.original.key, "evaluate": self.evaluate.key}
+            | {stage.name: stage.key for stage in self.baselines.values()},
         )
 
         self.export = Stage(
@@ -104,6 +107,14 @@ class Plan:
             if config.export.stage is ExportStage.convert
             else {"finetune": self.finetune.key},
         )
+
+    def baseline(self, name: str) -> Stage:
+        """One quantised original: a stage for each, so that those of a model keep their scores when others join."""
+        settings: dict[str, Any] = {"baseline": name}
+        if baseline_bits(name)[0] == "transform":
+            settings["calibration"] = plain(self.config.calibration)  # its text; the sources are in the original's key
+        folder = self.model_dir / "baselines" / name
+        return Stage(f"baselines/{name}", folder, settings, {"original": self.original.key})
 
     def check_apart(self) -> None:
         """What is written into the original's own folder would change its fingerprint."""
@@ -117,7 +128,8 @@ class Plan:
     @property
     def stages(self) -> list[Stage]:
         first = [self.converse] if self.converses else []
-        return [*first, self.convert, self.sample, self.finetune, self.original, self.evaluate, self.report]
+        scored = [self.original, *self.baselines.values(), self.evaluate]
+        return [*first, self.convert, self.sample, self.finetune, *scored, self.report]
 
 
 def write_result(config: Config, name: str, result: dict[str, Any]) -> Path:

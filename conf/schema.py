@@ -108,6 +108,7 @@ class ModelConfig:
 class MLAConfig:
     """What the converted attention looks like; the fields of `mha2mla.ConversionOptions`."""
 
+    rope: str = "partial"  # or full: keys rotate when they are made from the latent; exact at full rank, slow to decode
     rope_dim: int | None = None  # R: rotated numbers a token a layer; default: an eighth of the keys
     kv_lora_rank: int | None = None  # r: size of the latent; default: what `reduction` leaves after R
     reduction: float | None = None  # wanted cut of the KV cache, instead of kv_lora_rank; default 0.6875

@@ -117,7 +117,7 @@ class Stage:
         if record is None:
             found = read_record(self.folder)
             state = "was made with another configuration" if found else "has not finished"
-            target = "evaluate" if self.name == "original" else self.name
+            target = "evaluate" if self.name.startswith(("original", "baselines/")) else self.name
             raise FileNotFoundError(
                 f"stage '{self.name}' in {self.folder} {state}; run `make {target}` with the same options first"
             )

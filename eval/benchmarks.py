@@ -32,6 +32,7 @@ from conf.precision import Dtype, torch_dtype
 from conf.pretrained import load_tokenizer
 from conf.stage import digest, fingerprint, provenance, write_json
 from eval.arguments import named_checkpoints
+from eval.generate import NewCache
 from eval.results import average
 
 # Our name, then lm-eval's tasks with the place of their questions in a local folder.
@@ -83,15 +84,20 @@ class Benchmarks:
         """Hash of what a score depends on beside the model."""
         return digest(self.settings | {"tasks": self.tasks[name]})
 
-    def score(self, name: str, model: Any, tokenizer: Any, batch_size: int) -> dict[str, Any]:
-        """Score in percent, standard error, number of questions and measure of one benchmark."""
+    def score(
+        self, name: str, model: Any, tokenizer: Any, batch_size: int, new_cache: NewCache | None = None
+    ) -> dict[str, Any]:
+        """Score in percent, standard error, number of questions and measure of one benchmark.
+
+        new_cache: what every forward goes through; None: no cache.
+        """
         from lm_eval import simple_evaluate
 
         from eval.harness import Harness  # here, as lm-eval takes seconds to import
 
         parts = self.tasks[name]
         results = simple_evaluate(
-            model=Harness(model, tokenizer, batch_size),
+            model=Harness(model, tokenizer, batch_size, new_cache),
             tasks=list(parts),
             task_manager=self.manager,
             num_fewshot=0,

@@ -1,7 +1,7 @@
-"""Greedy generation through a cache of our own, whose bytes are measured after each batch.
+"""Greedy generation, with the bytes of its cache measured after each batch.
 
-Batches are padded on the left. The cache handed to `generate` is the one the model fills, so what is
-measured is what decoding really held: the prompt, its padding and all generated tokens but the last.
+Batches are padded on the left. The cache that is measured is the one the model fills, given to `generate` or made by
+it, so what is measured is what decoding really held: the prompt, its padding and all generated tokens but the last.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +17,12 @@ from mha2mla import QuantizedLatentCache, cache_bytes
 from mha2mla.finite import FiniteScores
 
 ROPE_BITS = 8  # of the rotated key, where the latent is coded
-NewCache = Callable[[Any], Cache]  # an empty cache for a model
+NewCache = Callable[[Any], Cache | None]  # an empty cache for a model; None where the model makes its own
 
 
-def growing_cache(model: Any) -> Cache:
-    """Numbers as the model makes them."""
-    return DynamicCache(config=model.config)
+def growing_cache(model: Any) -> Cache | None:
+    """Numbers as the model makes them; none for a model with a cache format, which makes its packed one unasked."""
+    return None if getattr(model.config, "cache_format", None) else DynamicCache(config=model.config)
 
 
 def coded_cache(bits: int) -> NewCache:
@@ -110,20 +110,23 @@ def generate(
         min_new_tokens=1 if newline_ends else None,
         eos_token_id=ends or None,
         pad_token_id=stops.pad,
+        return_dict_in_generate=True,
     )
     cache = new_cache(model)
+    given = {} if cache is None else {"past_key_values": cache}  # what is given wins over a model's own
     criteria: list[StoppingCriteria] = [FirstLine(tokenizer, longest)] if first_line else []
     criteria += [EveryStep(on_step, longest)] if on_step else []
     with torch.inference_mode():
         output = model.generate(
             input_ids.to(model.device),
             attention_mask=mask.to(model.device),
-            past_key_values=cache,
             logits_processor=[FiniteScores()],
             stopping_criteria=StoppingCriteriaList(criteria),
+            **given,
         )
-    reading.add(cache, len(prompts))
-    return [tokenizer.decode(until(row, set(ends)), skip_special_tokens=True) for row in output[:, longest:].tolist()]
+    reading.add(output.past_key_values if cache is None else cache, len(prompts))
+    rows = output.sequences[:, longest:].tolist()
+    return [tokenizer.decode(until(row, set(ends)), skip_special_tokens=True) for row in rows]
 
 
 def until(ids: list[int], ends: set[int]) -> list[int]:

@@ -20,6 +20,7 @@ from eval.perplexity import packed_windows
 from eval.prompts import Prompt, Prompter, prompts_digest
 from eval.sources import load_rows
 from eval.tasks import Row, Task
+from eval.unseen import unseen_texts
 
 
 @dataclass
@@ -78,6 +79,10 @@ def prepare(config: Config, model: str, sampled: Path, device: str) -> Inputs:
         windows = text_windows(tokenizer, file, options.perplexity_sequence_length, options.perplexity_tokens)
         check_ids(f"eval.perplexity_text={file}", windows, tokenizer, original)
         texts.append((file.stem, windows))
+    for name, found in unseen_texts(config, tokenizer, options.divergence_tokens).items():
+        check_ids(f"text '{name}'", found, tokenizer, original)
+        if name not in dict(texts):  # a text of the user's own may be called so
+            texts.append((name, found))
     tasks = []
     for task, rows in load_rows(options, prompter.fits):
         prompts = [prompter.encode(task, row) for row in rows]

@@ -4,6 +4,8 @@ from typing import Any
 
 import yaml
 
+from eval.distance import divergence_of, text_notes, text_rows
+from eval.frontier import loss, sentence
 from eval.tables import MISSING, Rows, flat, markdown_table, number, percent, whole
 
 Results = dict[str, Any]
@@ -13,10 +15,15 @@ def report_markdown(results: Results, picture: str, healing: str | None = None, 
     parts = [
         f"# {results['model']} · {results['point']}",
         headline(results),
+        sentence(results) or "",
         f"![KV-cache reduction against score drop]({picture})",
         "## Summary",
         markdown_table(*summary_rows(results)),
-        text_notes(results) + " 95 %: paired bootstrap of the drop over the rows of every task.",
+        "95 %: paired bootstrap of the drop over the rows of every task. "
+        "KL: to the original, in nats a token. Of what text, see below.",
+        "## Distance to the original",
+        markdown_table(*text_rows(results)),
+        text_notes(results),
         "## Tasks",
         markdown_table(*task_rows(results)),
         task_notes(results),
@@ -65,9 +72,11 @@ def headline(results: Results) -> str:
             f"(not healed: {number(results['score']['converted'])})"
         )
         healing = ""
+    distance = divergence_of(results, text, "healed")
     found.append(
         f"{healing.strip()} perplexity on {text} is {number(perplexities['healed'], 2)} "
         f"(original {number(perplexities['original'], 2)}, converted {number(perplexities['converted'], 2)})".strip()
+        + ("" if distance is None else f", KL to the original {loss(distance)}")
     )
     return "; ".join(part.strip() for part in found) + "."
 
@@ -85,10 +94,11 @@ def healing_tokens(results: Results) -> int | None:
 
 
 def summary_rows(results: Results, share: bool = True) -> tuple[list[str], Rows]:
-    """A row per model; `share` adds the drop's interval and percent, for which a terminal has no room."""
-    texts = list(results["perplexity"])
+    """A row per model, perplexity and KL of the first text; `share` adds the drop's interval and percent, for which a
+    terminal has no room."""
+    text = next(iter(results["perplexity"]))
     header = ["model", "B/token", "reduction", "score", "drop", *(["95 %", "drop %"] if share else [])]
-    header += [f"ppl {text[:12]}" for text in texts]
+    header += [f"ppl {text[:12]}", "KL"]
     rows = []
     for model in results["score"]:
         drops = results["score_drop"].get(model, {})
@@ -100,7 +110,8 @@ def summary_rows(results: Results, share: bool = True) -> tuple[list[str], Rows]
                 number(results["score"][model]),
                 number(drops.get("points")),
                 *([bounds(drops.get("interval")), number(drops.get("percent"))] if share else []),
-                *(number(results["perplexity"][text].get(model), 2) for text in texts),
+                number(results["perplexity"][text].get(model), 2),
+                number(divergence_of(results, text, model), 3),
             ]
         )
     return header, rows
@@ -171,13 +182,6 @@ def benchmark_section(results: Results) -> list[str]:
     ]
     note = "Percent, through lm-eval without examples; ± a standard error (eval/benchmarks.py)."
     return ["## Benchmarks", markdown_table(["", "questions", *models], rows), note]
-
-
-def text_notes(results: Results) -> str:
-    """How much text each perplexity is measured on."""
-    length = results["config"]["eval"]["perplexity_sequence_length"]
-    texts = ", ".join(f"{text} {whole(tokens)} tokens" for text, tokens in results["perplexity_tokens"].items())
-    return f"Perplexity is exp of the mean loss over windows of at most {length} tokens: {texts}."
 
 
 def cache_notes(results: Results) -> str:

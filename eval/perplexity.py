@@ -50,14 +50,20 @@ def grouped(windows: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield group
 
 
-def batch_loss(model: Any, windows: list[torch.Tensor]) -> tuple[float, int]:
-    """Summed loss and number of predicted tokens of windows padded on the right, where nothing looks back at it."""
+def padded(windows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels [B, T] of windows, the longest first, padded on the right, where nothing looks back at it."""
     length = len(windows[0])
     ids = torch.zeros(len(windows), length, dtype=torch.long)
     labels = torch.full((len(windows), length), IGNORED)
     for row, window in enumerate(windows):
         ids[row, : len(window)] = window
         labels[row, : len(window) - 1] = window[1:]
+    return ids, labels
+
+
+def batch_loss(model: Any, windows: list[torch.Tensor]) -> tuple[float, int]:
+    """Summed loss and number of predicted tokens of windows in one forward."""
+    ids, labels = padded(windows)
     loss = next_token_losses(model, ids, labels).double().sum().item()
     return loss, int((labels != IGNORED).sum())
 

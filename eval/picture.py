@@ -1,4 +1,4 @@
-"""The picture of a report or a sweep: KV-cache reduction against what it costs, converted and healed."""
+"""The picture of a report or a sweep: KV-cache reduction against what it costs, converted, healed and quantised."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 COLOURS = {"original": "#444444", "converted": "#c44e52", "healed": "#2a6fbb"}
 MARKS = {"original": "s", "converted": "o", "healed": "D"}
 CODED = (("#8172b3", "^"), ("#937860", "v"), ("#da8bc3", "<"), ("#8c8c8c", ">"))  # of caches in few bits, in turn
+QUANTIZED = ("original, quantised", "#55a868", "P")  # the line of all baselines
 LABELLED = 6  # points; more would cover each other
 
 Result = dict[str, Any]  # a report's results.json
@@ -118,7 +119,7 @@ def draw_curves(
     large: str,
     small: str,
 ) -> None:
-    """The original's mark with a line through it, and a curve each of converted and healed over all points."""
+    """The original's mark with a line through it; curves of baselines, of converted and of healed over all points."""
     converted, healed = (curve(points, model, value) for model in ("converted", "healed"))
     for x, y in converted:
         for other_x, other_y in healed:
@@ -127,9 +128,11 @@ def draw_curves(
     if original is not None:
         axes.axhline(original, color=COLOURS["original"], linewidth=0.8, linestyle=":", zorder=1)
     curves = {"original": [] if original is None else [(0.0, original)], "converted": converted, "healed": healed}
-    coded = [model for model in points[0]["score"] if model not in COLOURS]
+    baselines = list(dict.fromkeys(name for point in points for name in point.get("baselines", ())))
+    coded = [model for model in points[0]["score"] if model not in COLOURS and model not in baselines]
     looks = {model: (COLOURS[model], MARKS[model]) for model in COLOURS} | dict(zip(coded, CODED, strict=False))
     curves |= {model: curve(points, model, value) for model in looks if model in coded}
+    draw_baselines(axes, {model: curve(points, model, value) for model in baselines}, len(points) == 1)
     for model, places in curves.items():
         xs, ys = [x for x, _ in places], [y for _, y in places]
         colour, mark = looks[model]
@@ -144,6 +147,25 @@ def draw_curves(
                 ((0 if x == 0 else -2, 8), "center") if model in ("original", "converted") else ((6, -13), "left")
             )
             axes.annotate(shown, (x, y), xytext=place, textcoords="offset points", ha=side, fontsize=8, color=colour)
+
+
+def draw_baselines(axes: Any, found: dict[str, Curve], labelled: bool) -> None:
+    """Marks of the quantised original, and one line through those that no other beats in bytes and loss together."""
+    places = {place: model for model, curve in found.items() for place in curve}  # points of a sweep share them
+    if not places:
+        return
+    name, colour, mark = QUANTIZED
+    best = [place for place in sorted(places) if not any(is_better(other, place) for other in places)]
+    axes.plot(*zip(*places, strict=True), mark, color=colour, markersize=6, alpha=0.5, zorder=2)
+    axes.plot(*zip(*best, strict=True), marker=mark, color=colour, label=name, markersize=7, linewidth=1.4, zorder=2)
+    for place in best if labelled else ():
+        style = {"ha": "right", "fontsize": 7, "color": colour}
+        axes.annotate(places[place], place, xytext=(-6, 3), textcoords="offset points", **style)
+
+
+def is_better(other: tuple[float, float], place: tuple[float, float]) -> bool:
+    """Of two places (reduction, loss): whether the first saves as much and loses no more, and they are not alike."""
+    return other != place and other[0] >= place[0] and other[1] <= place[1]
 
 
 def curve(points: list[Result], model: str, value: Callable[[Result, str], float | None]) -> Curve:

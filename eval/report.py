@@ -9,6 +9,7 @@ import json
 import shlex
 import time
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import hydra
@@ -20,6 +21,7 @@ from conf.schema import Config
 from conf.stage import provenance, read_record, write_json
 from conf.tracking import open_run
 from conf.words import task_words, word
+from eval.frontier import sentence, verdicts
 from eval.markdown import conditions, report_markdown, summary_rows
 from eval.needle_picture import draw_needles
 from eval.page import page
@@ -36,8 +38,8 @@ def run_report(config: Config, overrides: list[str] | None = None) -> None:
     if plan.report.skip(config.force):
         return
     print("report: gathering what the stages have left, then drawing", flush=True)
-    plan.original.require_finished()
-    plan.evaluate.require_finished()
+    for stage in (plan.original, *plan.baselines.values(), plan.evaluate):
+        stage.require_finished()
     results = collect(plan, overrides)
     with plan.report.run(force=config.force) as stage:
         write_json(stage.folder / "results.json", results)
@@ -52,20 +54,25 @@ def run_report(config: Config, overrides: list[str] | None = None) -> None:
         with open_run(config, stage, results["config"]) as tracker:
             tracker.do(lambda run: send(run, results, stage.folder))
     print(text_table(*summary_rows(results, share=False)))
+    if said := sentence(results):
+        print("\n" + fill(said.replace("**", ""), 80))
     print(f"\nin {conditions(results)}\nreport: {plan.report.folder / 'report.html'}", flush=True)
 
 
 def collect(plan: Plan, overrides: list[str] | None) -> dict[str, Any]:
     """Everything that is known of one run, from the files of its stages."""
     config = plan.config
-    scores = read(plan.original.folder / "scores.json") | read(plan.evaluate.folder / "scores.json")
+    scored = [plan.original, *plan.baselines.values(), plan.evaluate]
+    scores = {model: found for stage in scored for model, found in read(stage.folder / "scores.json").items()}
     coded = [CODED.format(MODELS[-1], bits) for bits in config.eval.cache_bits]
-    results = compare({model: scores[model] for model in [*MODELS, *coded]})
+    results = compare({model: scores[model] for model in [MODELS[0], *plan.baselines, *MODELS[1:], *coded]})
+    results["baselines"] = list(plan.baselines)
     return {
         "model": config.model.name,
         "path": config.model.path,
         "point": config.name,
         **results,
+        "equal_bytes": verdicts(results),
         "dtype": scores["original"]["dtype"],
         "device": scores["original"]["device"],
         "machines": machines(plan, scores),
@@ -88,7 +95,8 @@ def collect(plan: Plan, overrides: list[str] | None) -> dict[str, Any]:
 def machines(plan: Plan, scores: dict[str, Any]) -> dict[str, str]:
     """What each model was scored on, for the reader to see where they differ."""
     found = {}
-    for stage, names in ((plan.original, MODELS[:1]), (plan.evaluate, MODELS[1:])):
+    baselines = [(stage, (name,)) for name, stage in plan.baselines.items()]
+    for stage, names in ((plan.original, MODELS[:1]), *baselines, (plan.evaluate, MODELS[1:])):
         hardware = (read_record(stage.folder) or {}).get("provenance", {}).get("hardware", {})
         for name in names:
             device = scores[name]["device"]
@@ -122,8 +130,9 @@ def scalars(results: dict[str, Any]) -> dict[str, Any]:
         found[f"cache_bytes_per_token/{model}"] = cache["bytes_per_token"]
     for name, rows in results.get("benchmarks", {}).items():
         found |= {f"benchmark/{name}/{model}": row["score"] for model, row in rows.items() if row}
-    for text, values in results["perplexity"].items():
-        found |= {f"perplexity/{text}/{model}": value for model, value in values.items()}
+    for key, name in (("perplexity", "perplexity"), ("kl_divergence", "kl"), ("top1_agreement", "top1_agreement")):
+        for text, values in results.get(key, {}).items():  # reports of earlier versions have perplexities alone
+            found |= {f"{name}/{text}/{model}": value for model, value in values.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

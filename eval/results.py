@@ -1,4 +1,4 @@
-"""From the scores of three models to what is reported: averages, drops, cache reduction. No torch in here.
+"""From the scores of all models to what is reported: averages, drops, cache reduction. No torch in here.
 
 Scores are points from 0 to 100. A score that is missing stays missing (None) in everything made from it.
 """
@@ -130,6 +130,13 @@ def average(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {"score": sum(row["score"] for row in rows) / len(rows), "stderr": error}
 
 
+def by_text(models: dict[str, Scores], texts: list[str], key: str) -> dict[str, dict[str, float | None]]:
+    """A figure of every text by model; None where a model has none, as the original has no distance to itself."""
+    return {
+        text: {model: scores["perplexity"].get(text, {}).get(key) for model, scores in models.items()} for text in texts
+    }
+
+
 def needle_scores(models: dict[str, Scores]) -> dict[str, list[list[float]]]:
     """Depth, share of the longest prompt and score (0 to 1) of every pass key, by model."""
     return {
@@ -155,10 +162,9 @@ def compare(models: dict[str, Scores]) -> dict[str, Any]:
             | {"interval": drop_bounds(models["original"], models[model], names)}
             for model in others
         },
-        "perplexity": {
-            text: {model: found["perplexity"].get(text, {}).get("value") for model, found in models.items()}
-            for text in texts
-        },
+        "perplexity": by_text(models, texts, "value"),
+        "kl_divergence": by_text(models, texts, "kl_divergence"),
+        "top1_agreement": by_text(models, texts, "top1_agreement"),
         "perplexity_tokens": {text: models["original"]["perplexity"][text]["tokens"] for text in texts},
         "cache": caches,
         "tasks": {

@@ -17,34 +17,33 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from conf.checkpoint import load_model
 from conf.progress import Progress
 from conf.stage import write_json
 from eval.benchmarks import Benchmarks
-from eval.generate import CacheReading, NewCache, batches, coded_cache, generate, growing_cache
+from eval.divergence import divergence
+from eval.generate import CacheReading, NewCache, batches, generate, growing_cache
 from eval.inputs import Inputs, TaskInputs, TextInputs
 from eval.perplexity import perplexity
 from eval.tasks import Task
+from eval.variants import Variant
 
 
 def score_model(
-    name: str,
-    path: str,
-    revision: str | None,
+    variant: Variant,
     inputs: Inputs,
     folder: Path,
     batch_size: int,
     device: str,
-    cache_bits: int | None = None,
+    original: Variant | None = None,
 ) -> dict[str, Any]:
-    """Scores of the model at `path` (folder or hub id) on all inputs; loads it only if one is missing.
+    """Scores of a model on all inputs; loads it only if one is missing.
 
-    With `cache_bits` its latent cache is coded, and perplexities and benchmarks, which need no cache, are left out.
+    original: what its texts are compared with, loaded beside it for them alone; None: the model is the original.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [(text, folder / f"perplexity-{text.name}.json") for text in inputs.texts if cache_bits is None]
+    texts = [(text, folder / f"perplexity-{text.name}.json") for text in inputs.texts]
     tasks = [(each, folder / f"{each.task.name}.json") for each in inputs.tasks]
-    suite = inputs.benchmarks if cache_bits is None else None
+    suite = inputs.benchmarks
     benchmarks = [(each, folder / f"benchmark-{each}.json") for each in (suite.tasks if suite else ())]
     on = {"dtype": str(inputs.dtype).removeprefix("torch."), "device": device}
     open_texts = [(text, file) for text, file in texts if not is_done(file, text.digest, on=on)]
@@ -52,40 +51,44 @@ def score_model(
     open_benchmarks = [
         (each, file) for each, file in benchmarks if suite and not is_done(file, suite.digest(each), on=on)
     ]
-    wanted = len(open_texts) + len(open_tasks) + len(open_benchmarks)
+    name, wanted = variant.name, len(open_texts) + len(open_tasks) + len(open_benchmarks)
     there = len(texts) + len(tasks) + len(benchmarks) - wanted
     if there:
         print(f"{name}: {there} scores are there already", flush=True)
     if wanted:
-        print(f"{name}: loading {path}", flush=True)
+        print(f"{name}: loading {variant.path}", flush=True)
         logging.disable_progress_bar()
-        model = load_model(path, inputs.dtype, revision=revision, device=device)
-        new_cache = growing_cache if cache_bits is None else coded_cache(cache_bits)
+        model = variant.load()
         tokens = sum(text.tokens for text, _ in open_texts) + sum(each.tokens for each, _ in open_tasks)
         with Progress(name, tokens, "tokens") as progress:
-            for text, file in open_texts:
-                write_json(file, score_text(model, text, progress) | on)
+            score_texts(model, variant, open_texts, original, progress, on)
             for each, file in open_tasks:
-                outputs = file.with_suffix(".jsonl")
+                outputs, new_cache = file.with_suffix(".jsonl"), variant.new_cache or growing_cache
                 found = score_task(model, each, inputs, outputs, batch_size, progress, device, new_cache)
                 write_json(file, found | on)
         for benchmark, file in open_benchmarks:
             assert suite is not None
-            write_json(file, score_benchmark(name, model, suite, benchmark, inputs.tokenizer, batch_size) | on)
+            found = score_benchmark(variant, model, suite, benchmark, inputs.tokenizer, batch_size)
+            write_json(file, found | on)
         del model
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        release(device)
     return {
-        "path": path,
-        "revision": revision,
-        "cache_bits": cache_bits,
+        "path": variant.path,
+        "revision": variant.revision,
+        "cache_bits": variant.bits,
         **on,
         "chat_template": inputs.chat,
         "perplexity": {text.name: json.loads(file.read_text()) for text, file in texts},
         "tasks": {each.task.name: json.loads(file.read_text()) for each, file in tasks},
         "benchmarks": {each: json.loads(file.read_text()) for each, file in benchmarks},
     }
+
+
+def release(device: str) -> None:
+    """Give back the memory of what is no longer referred to."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def is_done(file: Path, digest: str, version: str | None = None, on: dict[str, str] | None = None) -> bool:
@@ -96,12 +99,45 @@ def is_done(file: Path, digest: str, version: str | None = None, on: dict[str, s
     return all(stored.get(name) == value for name, value in wanted.items())
 
 
-def score_text(model: Any, text: TextInputs, progress: Progress) -> dict[str, Any]:
-    started = time.time()
-    value = perplexity(model, text.windows, progress.advance)
-    progress.line(f"perplexity {text.name} {value:.2f} ({text.tokens} tokens)")
+def score_texts(
+    model: Any,
+    variant: Variant,
+    texts: list[tuple[TextInputs, Path]],
+    original: Variant | None,
+    progress: Progress,
+    on: dict[str, str],
+) -> None:
+    """Each text into its file; the original is in memory for as long as this takes."""
+    reference = None
+    if texts and original is not None:
+        reference = model if variant.is_original else original.load()
+    for text, file in texts:
+        write_json(file, score_text(model, text, progress, reference, variant.new_cache) | on)
+    del reference
+    release(model.device.type)
+
+
+def score_text(
+    model: Any,
+    text: TextInputs,
+    progress: Progress,
+    original: Any = None,
+    new_cache: NewCache | None = None,
+) -> dict[str, Any]:
+    """Perplexity and, where there is an original to compare with, KL divergence from it, on the same windows."""
+    started, found = time.time(), {}
+    if original is None:
+        value = perplexity(model, text.windows, progress.advance)
+        said = ""
+    else:
+        compared = divergence(original, model, text.windows, new_cache, progress.advance)
+        value = compared.perplexity_converted
+        found = {"kl_divergence": compared.kl_divergence, "top1_agreement": compared.top_token_agreement}
+        said = f", KL to the original {compared.kl_divergence:.4f}"
+    progress.line(f"perplexity {text.name} {value:.2f}{said} ({text.tokens} tokens)")
     return {
         "value": value,
+        **found,
         "tokens": text.tokens,
         "windows": len(text.windows),
         "inputs": text.digest,
@@ -214,12 +250,12 @@ def finished_batches(file: Path, key: str) -> dict[tuple[int, ...], dict[str, An
 
 
 def score_benchmark(
-    name: str, model: Any, suite: Benchmarks, benchmark: str, tokenizer: Any, batch_size: int
+    variant: Variant, model: Any, suite: Benchmarks, benchmark: str, tokenizer: Any, batch_size: int
 ) -> dict[str, Any]:
     """One benchmark through lm-eval, which shows its own bar."""
-    started = time.time()
+    started, name = time.time(), variant.name
     print(f"{name}: {benchmark}", flush=True)
-    found = suite.score(benchmark, model, tokenizer, batch_size)
+    found = suite.score(benchmark, model, tokenizer, batch_size, variant.new_cache)
     seconds = round(time.time() - started, 1)
     print(f"{name}: {benchmark} {found['score']:.1f} ({found['questions']} questions) [{seconds:.0f} s]", flush=True)
     return found | {"inputs": suite.digest(benchmark), "seconds": seconds}

@@ -1,11 +1,12 @@
-"""One table and one picture over all points of a sweep.
+"""One table and two pictures over all points of a sweep.
 
     python -m eval.sweep outputs/sweeps/20250101-120000      a sweep's folder: its points' `point.json` say where
     python -m eval.sweep RUN_FOLDER RUN_FOLDER --output DIR  any runs that have a report
 
 `train.pipeline --multirun` calls it when the last point has ended. Points that failed stand in the table's
 notes with their error, and so do points whose scores do not compare with the others': of another dtype, or on other
-rows. Writes `sweep.json`, `sweep.md`, `sweep.html` and `reduction_vs_drop.png`.
+rows. Writes `sweep.json`, `sweep.md`, `sweep.html`, `reduction_vs_drop.png` and `frontier.png`. Reports of earlier
+versions are read too: what they did not measure stays missing.
 """
 
 import argparse
@@ -24,6 +25,9 @@ from conf.schema import Config, typed_config
 from conf.stage import Stage, provenance, write_json
 from conf.tracking import Tracker, open_run
 from conf.words import escaped
+from eval.distance import divergence_of
+from eval.frontier import sentence
+from eval.frontier_picture import FRONTIER, draw_frontier
 from eval.page import page
 from eval.picture import draw
 from eval.report import PICTURE, scalars, send_files
@@ -54,9 +58,11 @@ def sweep_report(
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "sweep.json", sweep)
+    frontier = False
     if results:
         draw(results, folder / PICTURE, sweep_title(results))
-    text = sweep_markdown(results, failed)
+        frontier = draw_frontier(results, folder / FRONTIER, sweep_title(results))
+    text = sweep_markdown(results, failed, frontier)
     (folder / "sweep.md").write_text(text, encoding="utf-8")
     (folder / "sweep.html").write_text(page(text, folder), encoding="utf-8")
     if results and tracker:
@@ -87,7 +93,7 @@ def comparable(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dic
         other += [name for name in like["tasks"] if name not in result["tasks"]]
         if result["dtype"] != dtype:
             failed[result["point"]] = f"scored in {result['dtype']}, the others in {dtype}; give eval.dtype"
-        elif other or result["perplexity_tokens"] != like["perplexity_tokens"]:
+        elif other or other_texts(result["perplexity_tokens"], like["perplexity_tokens"]):
             names = ", ".join(other) or "text for perplexity"
             failed[result["point"]] = (
                 f"scored on other rows than '{like['point']}' ({names}); use the same eval options"
@@ -95,6 +101,11 @@ def comparable(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dic
         else:
             kept.append(result)
     return kept, failed
+
+
+def other_texts(tokens: dict[str, int], like: dict[str, int]) -> bool:
+    """Whether two points read the first text, or one that both name, in another length; earlier versions read fewer."""
+    return list(tokens)[:1] != list(like)[:1] or any(tokens[text] != like[text] for text in tokens if text in like)
 
 
 def same_rows(task: dict[str, Any] | None) -> tuple[Any, ...]:
@@ -107,45 +118,42 @@ def sweep_title(results: list[dict[str, Any]]) -> str:
 
 
 def sweep_rows(results: list[dict[str, Any]]) -> tuple[list[str], Rows]:
-    """One row per point after the original's, by reduction."""
+    """One row per point after the original's and its baselines', by reduction."""
     if not results:
         return ["point"], []
     text = next(iter(results[0]["perplexity"]))
-    header = ["point", "B/token", "reduction", "score", "drop", f"ppl {text[:12]}", "not healed"]
+    header = ["point", "B/token", "reduction", "score", "drop", f"ppl {text[:12]}", "KL", "not healed"]
     models = list(dict.fromkeys(result["model"] for result in results))
     rows: Rows = []
     for model in models:
         own = [result for result in results if result["model"] == model]
-        rows.append(original_row(own[0], text, "original" if len(models) == 1 else f"original {model}"))
-        rows += point_rows(own, text)
+        of = "" if len(models) == 1 else f" {model}"
+        rows.append(model_row(own[0], "original", text, f"original{of}"))
+        rows += [model_row(result, name, text, f"{name}{of}") for name, result in all_baselines(own).items()]
+        for result in own:
+            rows.append(model_row(result, "healed", text, result["point"]))
+            rows[-1][-1] = number(result["perplexity"].get(text, {}).get("converted"), 2)
     return header, rows
 
 
-def original_row(result: dict[str, Any], text: str, name: str) -> list[str]:
-    scored = result["score"]["original"]
+def all_baselines(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The baselines of a model's points, each with a report that holds it, the smallest reduction first."""
+    found = {name: result for result in results for name in result.get("baselines", ())}
+    return dict(sorted(found.items(), key=lambda each: each[1]["kv_cache_reduction"][each[0]] or 0))
+
+
+def model_row(result: dict[str, Any], model: str, text: str, name: str) -> list[str]:
+    score, is_original = result["score"][model], model == "original"
+    drop = (None if score is None else 0.0) if is_original else result["score_drop"][model]["points"]
     return [
         name,
-        whole(result["cache"]["original"]["bytes_per_token"]),
-        percent(0.0),
-        number(scored),
-        number(None if scored is None else 0.0),
-        number(result["perplexity"].get(text, {}).get("original"), 2),
+        whole(result["cache"][model]["bytes_per_token"]),
+        percent(0.0 if is_original else result["kv_cache_reduction"][model]),
+        number(score),
+        number(drop),
+        number(result["perplexity"].get(text, {}).get(model), 2),
+        number(divergence_of(result, text, model), 3),
         number(None),
-    ]
-
-
-def point_rows(results: list[dict[str, Any]], text: str) -> Rows:
-    return [
-        [
-            result["point"],
-            whole(result["cache"]["healed"]["bytes_per_token"]),
-            percent(result["kv_cache_reduction"]["healed"]),
-            number(result["score"]["healed"]),
-            number(result["score_drop"]["healed"]["points"]),
-            number(result["perplexity"].get(text, {}).get("healed"), 2),
-            number(result["perplexity"].get(text, {}).get("converted"), 2),
-        ]
-        for result in results
     ]
 
 
@@ -159,20 +167,30 @@ def sweep_conditions(results: list[dict[str, Any]]) -> str:
     return f"{results[0]['dtype']} on {devices}{cache}"
 
 
-def sweep_markdown(results: list[dict[str, Any]], failed: dict[str, str]) -> str:
+def sweep_markdown(results: list[dict[str, Any]], failed: dict[str, str], frontier: bool) -> str:
     parts = [f"# Sweep: {sweep_title(results)}" if results else "# Sweep: no point has finished"]
     if results:
         parts += [
             f"![KV-cache reduction against score drop]({PICTURE})",
             markdown_table(*sweep_rows(results)),
-            "Healed models, and in the last column the perplexity before healing; cache bytes are measured: "
-            f"{sweep_conditions(results)}.",
+            "Healed models, and in the last column the perplexity before healing; KL: to the original, in nats a "
+            f"token; cache bytes are measured: {sweep_conditions(results)}.",
+            *frontier_section(results, frontier),
             "## Again",
             "```\n" + "\n".join(result["command"] for result in results) + "\n```",
         ]
     if failed:
         parts += ["## Points that failed", markdown_table(["point", "error"], [[*pair] for pair in failed.items()])]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def frontier_section(results: list[dict[str, Any]], drawn: bool) -> list[str]:
+    """Loss against bytes, and who is ahead at every point's bytes."""
+    if not drawn:
+        return []
+    said = [f"- {result['point']}: {each}" for result in results if (each := sentence(result))]
+    picture = f"![Loss against the reduction of the cache in bytes]({FRONTIER})"
+    return ["## Loss against bytes", picture, "\n".join(said)]
 
 
 def send(run: Any, results: list[dict[str, Any]], folder: Path, failed: dict[str, str]) -> None:
@@ -181,16 +199,20 @@ def send(run: Any, results: list[dict[str, Any]], folder: Path, failed: dict[str
 
     for result in results:
         run.log(scalars(result))
+    text = next(iter(results[0]["perplexity"]))
     columns = ["point", "kv_cache_reduction", *(f"score_{model}" for model in MODELS), "drop_converted", "drop_healed"]
+    columns += ["kl_converted", "kl_healed"]
     data = [
         [result["point"], result["kv_cache_reduction"]["healed"]]
         + [result["score"][model] for model in MODELS]
         + [result["score_drop"][model]["points"] for model in MODELS[1:]]
+        + [divergence_of(result, text, model) for model in MODELS[1:]]
         for result in results
     ]
+    pictures = [file for file in (folder / PICTURE, folder / FRONTIER) if file.exists()]
     table = wandb.Table(columns=[*columns], data=data)
-    run.log({"points": table, "reduction_vs_drop": wandb.Image(str(folder / PICTURE)), "failed_points": len(failed)})
-    send_files(run, [folder / PICTURE, *folder.glob("sweep.*")])
+    run.log({file.stem: wandb.Image(str(file)) for file in pictures} | {"points": table, "failed_points": len(failed)})
+    send_files(run, [*pictures, *folder.glob("sweep.*")])
 
 
 def read_points(folders: list[Path]) -> tuple[list[Path], dict[str, str]]:

@@ -1,8 +1,9 @@
-"""Perplexity of conversions that nothing has healed: what each choice of pairs and factors costs by itself.
+"""Perplexity and KL of conversions that nothing has healed: what each choice of pairs and factors costs by itself.
 
     python -m eval.training_free study.text=wikitext2_test.txt                     the published method
     python -m eval.training_free study=methods study.text=wikitext2_test.txt       all methods at four cache sizes
     python -m eval.training_free study=ingredients study.text=wikitext2_test.txt   what each part of `best` is worth
+    python -m eval.training_free study=formats study.text=wikitext2_test.txt       ranks and bits out of one budget
 
 Every point of `study.points`, at every one of `study.reductions`, is converted from the same original and measured on
 the same windows in float32; statistics and reconstruction run in bfloat16 where the hardware computes in it.
@@ -31,10 +32,11 @@ from conf.stage import fingerprint, provenance
 from data.calibration import calibration_batches
 from data.tokens import check_ids
 from data.windows import text_windows
+from eval.divergence import divergence
 from eval.perplexity import perplexity
 from mha2mla import ConversionOptions, collect_statistics, convert, needs_calibration, reconstruct, resolve_options
 
-COLUMNS = "{:<31} {:>4} {:>4} {:>8} {:>10} {:>10} {:>7}"
+COLUMNS = "{:<26} {:>4} {:>4} {:>8} {:>10} {:>6} {:>9} {:>6}"
 
 
 def chosen_points(study: StudyConfig) -> list[tuple[str, StudyPoint]]:
@@ -66,24 +68,26 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
             statistics = collect_statistics(model, calibration, progress.advance)
     yield {"name": "original", "perplexity": perplexity(model, windows)}
     for name, point, options in points:
-        converted, report = convert(model, options, statistics)
+        converted, report = convert(model, options, statistics, batches=calibration)
         if point.reconstruction_steps:
             layers = model.config.num_hidden_layers
             with native_autocast("cpu"), Progress(f"reconstruct {name}", layers, "layers") as progress:
                 steps, rate = point.reconstruction_steps, point.reconstruction_learning_rate
                 reconstruct(model, converted, calibration, steps, rate, lambda *_: progress.advance(1))
-        found = perplexity(converted, windows)
-        sizes = {"rope_dim": report.options.rope_dim, "kv_lora_rank": report.options.kv_lora_rank}
-        row = {"name": name} | plain(point) | sizes | {"reduction": report.reduction, "perplexity": found}
+        found = divergence(model, converted, windows)
+        sizes: dict[str, Any] = {"rope_dim": report.options.rope_dim, "kv_lora_rank": report.options.kv_lora_rank}
+        sizes["bits_per_token"] = report.bits
+        losses = {"perplexity": found.perplexity_converted, "kl_divergence": found.kl_divergence}
+        row = {"name": name} | plain(point) | sizes | {"reduction": report.reduction} | losses
         if point.reference:
-            row["against_reference"] = found / point.reference - 1
+            row["against_reference"] = found.perplexity_converted / point.reference - 1
         yield row
 
 
 @stage_main
 def run(config: Config) -> None:
     found = []
-    print(COLUMNS.format("", "R", "r", "cache", "perplexity", "reference", "off"))
+    print(COLUMNS.format("", "R", "r", "cache", "perplexity", "KL", "reference", "off"))
     for row in rows(config):
         off = row.get("against_reference")
         print(
@@ -93,6 +97,7 @@ def run(config: Config) -> None:
                 row.get("kv_lora_rank") or "",
                 f"{-100 * row['reduction']:.2f} %" if "reduction" in row else "",
                 f"{row['perplexity']:,.2f}",
+                f"{row['kl_divergence']:.3f}" if "kl_divergence" in row else "",
                 f"{row['reference']:,g}" if row.get("reference") else "",
                 f"{100 * off:+.1f} %" if off is not None else "",
             ),

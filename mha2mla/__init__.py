@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from mha2mla.cache import cache_bytes
 from mha2mla.convert import ConversionReport, convert, needs_calibration, resolve_options
 from mha2mla.families import FAMILIES, register
+from mha2mla.kivi_cache import KiviCache
 from mha2mla.native import to_deepseek
 from mha2mla.options import ConversionOptions
 from mha2mla.quantized_cache import QuantizedLatentCache, calibrate_ranges, rotate_latents
@@ -27,6 +28,7 @@ __all__ = [
     "FAMILIES",
     "ConversionOptions",
     "ConversionReport",
+    "KiviCache",
     "QuantizedLatentCache",
     "Statistics",
     "__version__",

@@ -17,7 +17,7 @@ import torch
 from mha2mla.families import latent_layers
 from mha2mla.finite import is_finite
 from mha2mla.modeling.attention_mla import rotate
-from mha2mla.modeling.cache_format_mla import CacheTables, layer_format, run_lengths
+from mha2mla.modeling.cache_format_mla import CacheTables, LayerFormat, layer_format, run_lengths
 from mha2mla.options import RUN, SINKS
 from mha2mla.token_ids import known_ids
 
@@ -69,7 +69,7 @@ def choose_format(
     chosen = [[bits] * layer.samples.shape[1] for layer in found] if bits is not None else None
     if chosen is None:
         assert budget is not None, "choose_format takes a budget or a number of bits"
-        chosen = allocate(model, found, budget, importance)
+        chosen = allocate(model, found, budget, importance, scales)
     set_format(model, chosen, scales, residual_length)
     fit_tables(model, found)
     return found
@@ -203,8 +203,8 @@ def recording(layers: list[tuple[int, Any]], gradients: bool) -> Iterator[list[t
 
 def channels_of(attention: Any, samples: list[torch.Tensor], rotations: list[Rotation]) -> Channels:
     """Samples with rotated keys as differences from their rotated mean."""
-    rank, heads = attention.kv_lora_rank, attention.num_rope_heads
-    keys = [own[:, rank:].unflatten(-1, (heads, -1)) for own in samples]
+    rank, heads, size = attention.kv_lora_rank, attention.num_rope_heads, attention.qk_rope_head_dim
+    keys = [own[:, rank:].unflatten(-1, (heads, size)) for own in samples]
     # Not every rotation keeps lengths: YaRN and LongRoPE have a factor on cos and sin.
     lengths = [(cos.square() + sin.square()).float() for cos, sin in rotations]
     still = [
@@ -280,7 +280,9 @@ def fit(samples: torch.Tensor, bits: int, scales: str = "table") -> tuple[torch.
     return minimum, scale, best
 
 
-def allocate(model: Any, found: list[Channels], budget: float, importance: str = "fisher") -> list[list[int]]:
+def allocate(
+    model: Any, found: list[Channels], budget: float, importance: str = "fisher", scales: str = "table"
+) -> list[list[int]]:
     """Bits of every layer's channels, at most `budget` a token over all layers, in runs that fill bytes.
 
     Raises ValueError for a budget that leaves nothing.
@@ -297,7 +299,8 @@ def allocate(model: Any, found: list[Channels], budget: float, importance: str =
         bits = [
             at_price(cost, price, attention) for cost, (_, attention) in zip(costs, latent_layers(model), strict=True)
         ]
-        if sum(map(sum, bits)) > budget:
+        forms = [LayerFormat(tuple(own), scales, rope_dim=model.config.rope_dim) for own in bits]
+        if sum(8 * form.code_bytes for form in forms) > budget:
             low = price
         else:
             high, chosen = price, bits
@@ -309,7 +312,7 @@ def allocate(model: Any, found: list[Channels], budget: float, importance: str =
 def of_pairs(costs: torch.Tensor, attention: Any) -> torch.Tensor:
     """Costs [n, k] with those of a rotated pair's two numbers alike: rotation mixes them."""
     rank = attention.kv_lora_rank
-    rotated = costs[rank:].view(attention.num_rope_heads, 2, -1, costs.shape[-1])
+    rotated = costs[rank:].view(attention.num_rope_heads, 2, attention.qk_rope_head_dim // 2, costs.shape[-1])
     return torch.cat((costs[:rank], rotated.mean(1, keepdim=True).expand_as(rotated).flatten(0, 2)))
 
 

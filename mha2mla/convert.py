@@ -83,7 +83,7 @@ def resolve_options(config: Any, options: ConversionOptions) -> ConversionOption
             "every key head has a norm of its own; use partial_rope=rotation-cost or one of the paper's"
         )
     chosen_layers(config, resolved)
-    if resolved.partial_rope not in partial_rope.NEEDS_CALIBRATION:
+    if resolved.rope == "partial" and resolved.partial_rope not in partial_rope.NEEDS_CALIBRATION:
         assert resolved.rope_dim is not None
         partial_rope.STRATEGIES[resolved.partial_rope](partial_rope.Pairs(geometry, resolved.rope_dim // 2))
     return resolved
@@ -116,15 +116,15 @@ def convert(
     Raises ValueError for an unsupported family, for sizes that do not fit, for weights that are not finite, and where
     calibration is missing.
     """
-    family, geometry = family_of(model.config), geometry_of(model.config)
-    options = resolve_options(model.config, options)
+    family, options = family_of(model.config), resolve_options(model.config, options)
+    geometry = options.cached(geometry_of(model.config))
     if needs_calibration(options) and calibration is None:
         wanting = ", ".join(needs_calibration(options))
         raise ValueError(f"{wanting}: looks at calibration text; pass calibration=collect_statistics(...)")
     if options.bits != 16 and batches is None:
         raise ValueError(f"bits={options.bits}: a cache format is chosen on calibration text; pass batches=...")
     check_weights(model.state_dict().items())
-    error = self_check(model)
+    error = self_check(model, options.rope)
     chosen, attentions, rotations = chosen_layers(model.config, options), attention_layers(model), rotations_of(model)
     ranks = allocate(model, options, calibration)
     config = converted_config(model.config, options, attentions[chosen[0]], ranks)
@@ -189,7 +189,7 @@ def with_format(report: ConversionReport, config: Any) -> ConversionReport:
 def conversion_report(
     config: Any, options: ConversionOptions, ranks: list[int], error: float, reports: list[LayerReport]
 ) -> ConversionReport:
-    geometry, chosen = geometry_of(config), chosen_layers(config, options)
+    geometry, chosen = options.cached(geometry_of(config)), chosen_layers(config, options)
     assert options.rope_dim is not None
     beside, whole = options.rope_dim + geometry.key_scales, geometry.cache_size
     sizes = [ranks[index] + beside if index in chosen else whole for index in range(config.num_hidden_layers)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mha2mla import low_rank, normed
+from mha2mla import full_rope, low_rank, normed
 from mha2mla.options import ConversionOptions, Geometry
 from mha2mla.projections import Projections, read_projections
 from mha2mla.rotation import Rotation, choose_rotation
@@ -35,12 +35,14 @@ class LayerCut:
     """A layer before it is factored: what becomes the latent, and the state of all that does not.
 
     query [H * (K + P), d + 1]; down_rows [R, d]: rotated keys, which follow the latent in one projection.
+    key_size [G]: what the stack's keys are divided by, where it is not one.
     """
 
     stack: low_rank.Stack
     query: torch.Tensor
     down_rows: torch.Tensor
     state: State
+    key_size: torch.Tensor | None = None
 
 
 def cut_layer(
@@ -61,10 +63,12 @@ def cut_projections(
     rotation: Rotation,
     statistics: LayerStatistics | None,
 ) -> LayerCut:
-    heads, groups = geometry.num_heads, geometry.num_kv_heads
+    groups = geometry.num_kv_heads
     assert options.kv_lora_rank is not None
     moment = None if statistics is None else input_moment(statistics)
     state: State
+    if options.rope == "full":
+        return cut_full_rope(whole, geometry, options, rotation, statistics, moment)
     if whole.norms is None:
         parts = choose_rotation(whole.query, whole.key, geometry, options, rotation, statistics, moment)
         query = torch.cat((parts.query_rest, parts.query_rotated), dim=1).flatten(0, 1)
@@ -79,18 +83,52 @@ def cut_projections(
     else:
         key_rest, state = normed.cut(whole, geometry, options, rotation, statistics, moment)
         query, down_rows = whole.query.flatten(0, 1), whole.key.new_zeros(0, geometry.hidden_size)
-    stack = low_rank.Stack(
-        key_rest[..., :-1], whole.value[..., :-1], options.kv_lora_rank, value_weight=options.value_weight
-    )
+    query_moment = None
     if statistics is not None and moment is not None:
-        if statistics.query_moment is None:
+        query_moment = statistics.query_moment
+        if query_moment is None:
             query_moment = head_moments(parts.query_rest, moment)
-        else:
-            query_moment = statistics.query_moment
-        stack.input_moment = moment[:-1, :-1]
-        stack.query_moment = by_group(query_moment, groups)
+        query_moment = by_group(query_moment, groups)
+    return LayerCut(stack_of(key_rest, whole, options, moment, query_moment), query, down_rows, state)
+
+
+def cut_full_rope(
+    whole: Projections,
+    geometry: Geometry,
+    options: ConversionOptions,
+    rotation: Rotation,
+    statistics: LayerStatistics | None,
+    moment: torch.Tensor | None,
+) -> LayerCut:
+    """All keys and values in the stack, nothing beside it."""
+    parts = full_rope.cut(whole, geometry, options, rotation, moment)
+    query_moment = None
+    if statistics is not None and moment is not None:
+        query_moment = statistics.query_moment
+        if query_moment is None:
+            query_moment = head_moments(whole.query, moment)
+        query_moment = full_rope.seen_by_keys(by_group(query_moment, geometry.num_kv_heads), whole.norms, rotation)
+    stack = stack_of(parts.key, whole, options, moment, query_moment)
+    return LayerCut(stack, parts.query, whole.key.new_zeros(0, geometry.hidden_size), parts.state, parts.key_size)
+
+
+def stack_of(
+    key: torch.Tensor,
+    whole: Projections,
+    options: ConversionOptions,
+    moment: torch.Tensor | None,
+    query_moment: torch.Tensor | None,
+) -> low_rank.Stack:
+    """Keys [G, K, d + 1] and the layer's values with the moments that are known."""
+    assert options.kv_lora_rank is not None
+    stack = low_rank.Stack(
+        key[..., :-1], whole.value[..., :-1], options.kv_lora_rank, value_weight=options.value_weight
+    )
+    if moment is not None:
+        heads, groups = len(whole.query), len(whole.key)
+        stack.input_moment, stack.query_moment = moment[:-1, :-1], query_moment
         stack.output_gram = by_group(head_grams(whole.output, heads), groups)
-    return LayerCut(stack, query, down_rows, state)
+    return stack
 
 
 def convert_layer(
@@ -109,7 +147,10 @@ def convert_layer(
     stack = cut.stack
     down, up = low_rank.STRATEGIES[options.low_rank](stack)
     up_key, up_value = up.split([stack.key.shape[0] * stack.key.shape[1], groups * size])
-    up_heads = torch.cat((up_key.unflatten(0, (groups, -1)), up_value.unflatten(0, (groups, -1))), dim=1)
+    up_key_heads = up_key.unflatten(0, (groups, -1))
+    if cut.key_size is not None:
+        up_key_heads = up_key_heads * cut.key_size[:, None, None]
+    up_heads = torch.cat((up_key_heads, up_value.unflatten(0, (groups, -1))), dim=1)
 
     state = cut.state | query_state(cut.query[:, :-1], options.q_lora_rank, stack.input_moment)
     state["kv_a_proj_with_mqa.weight"] = torch.cat((down, cut.down_rows))
@@ -119,7 +160,7 @@ def convert_layer(
         # A value bias comes through attention unchanged, since its weights sum to one: it belongs to the output.
         passed = whole.output @ whole.value[..., -1].repeat_interleave(heads // groups, 0).flatten()
         state["o_proj.bias"] = passed if whole.output_bias is None else passed + whole.output_bias
-    state = {name: tensor if tensor.dtype == torch.int64 else tensor.to(dtype) for name, tensor in state.items()}
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     state = {name: tensor.to(whole.output.device).contiguous() for name, tensor in state.items()}
 
     weight = stack.rows

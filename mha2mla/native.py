@@ -58,7 +58,8 @@ def to_deepseek(model: Any) -> DeepseekV3ForCausalLM:
     """The same function as a `DeepseekV3ForCausalLM`, in the model's dtype; it shares no weights with `model`.
 
     Queries, keys and norms agree to rounding: 1e-6 relative on logits in float32. In bfloat16 factors that are no
-    powers of two round once more. The cache is as large, the heads are written out one by one.
+    powers of two round once more. The cache holds as many numbers, in 16 bits: that layout has no cache format. The
+    heads are written out one by one.
     Raises ValueError with everything that layout cannot say.
     """
     config = model.config

@@ -5,6 +5,8 @@ from typing import Any
 
 # Choices of pairs that keep as many of every key head.
 PER_HEAD = {"high", "low", "uniform", "2-norm"}
+ROPE = ("partial", "full")
+ROPE_PARTIAL = ("partial_rope", "rope_basis", "frequency_folding", "expected_rotation")  # read where rope=partial
 LAYERS = ("all", "full-attention")
 BITS = (16, 8, 6, 4, 3, 2, 1)  # of every channel, or `auto`
 CHANNEL_BITS = 12  # of a budget that bits share out, for every rotated number (docs/log.md)
@@ -60,6 +62,9 @@ class Geometry:
 class ConversionOptions:
     """Sizes and strategies of a conversion.
 
+    rope: `partial`, or `full`: un-rotated keys lie in the latent with the values, and rotate when they are made from
+        it. Exact at full rank, but slow: every step of decoding rebuilds all cached keys. R is then 0, and the options
+        that choose what rotates (partial_rope, rope_basis, frequency_folding, expected_rotation) must be left out.
     rope_dim: R, rotated numbers a token a layer, all heads together; None: an eighth of the keys where every key head
         keeps as many (the paper's share), else a quarter to a third of R + r.
     kv_lora_rank: r, size of the latent; None: what `reduction` leaves after R.
@@ -88,6 +93,7 @@ class ConversionOptions:
         as `low_rank` leaves it.
     """
 
+    rope: str = "partial"
     rope_dim: int | None = None
     kv_lora_rank: int | None = None
     reduction: float | None = None
@@ -118,6 +124,8 @@ class ConversionOptions:
     def resolve(self, geometry: Geometry) -> "ConversionOptions":
         """The same options with R and r as numbers that fit the model; ValueError names what does not."""
         self._check_bits()
+        self._check_rope()
+        geometry = self.cached(geometry)
         if self.bits != "auto" and self.kv_lora_rank is not None and self.reduction is not None:
             raise ValueError(
                 f"kv_lora_rank={self.kv_lora_rank} and reduction={self.reduction} both say how large the latent is; "
@@ -149,8 +157,29 @@ class ConversionOptions:
         query_full = min(geometry.hidden_size, geometry.num_heads * geometry.head_dim)
         if self.q_lora_rank is not None and not 1 <= self.q_lora_rank <= query_full:
             raise ValueError(f"q_lora_rank={self.q_lora_rank} is outside 1..{query_full} (full rank); None keeps W_q")
+        if self.bits == "auto":
+            self.channel_bits(geometry, rank + rope_dim)
         reduction = self.cut if self.bits == "auto" else None
         return replace(self, rope_dim=rope_dim, kv_lora_rank=rank, reduction=reduction)
+
+    def cached(self, geometry: Geometry) -> Geometry:
+        """The geometry whose cache these options describe: with rope=full, whose keys are normed when they are made
+        from the latent, it holds no scales of keys."""
+        return replace(geometry, key_scales=0) if self.rope == "full" else geometry
+
+    def _check_rope(self) -> None:
+        if self.rope not in ROPE:
+            raise ValueError(f"rope={self.rope!r} is unknown; choose one of: {', '.join(ROPE)}")
+        if self.rope == "partial":
+            return
+        defaults = {item.name: item.default for item in fields(self)}
+        given = [f"{name}={getattr(self, name)}" for name in ROPE_PARTIAL if getattr(self, name) != defaults[name]]
+        given += [f"rope_dim={self.rope_dim}"] if self.rope_dim else []
+        if given:
+            raise ValueError(
+                f"rope=full rotates every key when it is made from the latent: {', '.join(given)} would have no "
+                "effect; leave it out, or use rope=partial"
+            )
 
     def _check_bits(self) -> None:
         if self.bits != "auto" and self.bits not in BITS:
@@ -165,6 +194,8 @@ class ConversionOptions:
             )
 
     def _rope_dim(self, geometry: Geometry) -> int:
+        if self.rope == "full":
+            return 0
         step = 2 * geometry.num_kv_heads if self.partial_rope in PER_HEAD else 2  # a pair for each key/value head
         rope_dim = self.rope_dim
         if rope_dim is None and self.partial_rope in PER_HEAD:
@@ -218,7 +249,11 @@ class ConversionOptions:
         ValueError where everything else that the cache holds takes more than it leaves.
         """
         numbers = geometry.cache_size * (1 - self.cut) - geometry.key_scales
-        left = 16 * (numbers - channels * self._unquantised) / ((1 - self._residual) if channels else 1)
+        left = (
+            16
+            * (numbers - (channels + geometry.key_scales) * self._unquantised)
+            / ((1 - self._residual) if channels else 1)
+        )
         if left < RUN:
             raise ValueError(
                 f"reduction={self.cut} leaves nothing for a token's codes: of {geometry.cache_size} numbers in 16 bits "

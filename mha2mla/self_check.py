@@ -16,12 +16,13 @@ EXACT = 1e-3  # relative error that is allowed in float32; 1e-6 is what it measu
 
 
 @torch.no_grad()
-def self_check(model: Any) -> float:
+def self_check(model: Any, rope: str = "partial") -> float:
     """Largest relative error of the attention of the first layer of every kind (by rotation and window).
 
-    Every pair rotates and the latent has full rank, on random hidden states in float32. ValueError if it is not small.
+    rope: of the conversion (`ConversionOptions`). Every pair rotates and the latent has full rank, on random hidden
+    states in float32. ValueError if it is not small.
     """
-    error = max(check_layer(model, index) for index in first_of_every_kind(model))
+    error = max(check_layer(model, index, rope) for index in first_of_every_kind(model))
     return require_exact(error, model.config.model_type)
 
 
@@ -45,9 +46,10 @@ def require_exact(error: float, model_type: str) -> float:
 
 
 @torch.no_grad()
-def check_layer(model: Any, index: int) -> float:
+def check_layer(model: Any, index: int, rope: str = "partial") -> float:
     geometry, layer = geometry_of(model.config), attention_layers(model)[index]
-    full = ConversionOptions(rope_dim=geometry.rotary_size, kv_lora_rank=geometry.full_rank(geometry.rotary_size))
+    rotated = geometry.rotary_size if rope == "partial" else 0
+    full = ConversionOptions(rope=rope, rope_dim=rotated, kv_lora_rank=geometry.full_rank(rotated))
     config, own_config = converted_config(model.config, full, layer), copy.deepcopy(model.config)
     config._attn_implementation = own_config._attn_implementation = "eager"
     weights, _ = convert_layer(layer, geometry, full, rotations_of(model)[index], None, torch.float32)

@@ -24,7 +24,8 @@ def obstacles(config: Any) -> list[str]:
 
 @torch.no_grad()
 def to_served(model: Any) -> Any:
-    """The same function, dtype and class with `config.served=True`; it shares no attention weights with `model`.
+    """The same function, dtype and class with `config.served=True`; it shares no attention weights with `model`, and
+    has no cache format: engines keep the latent's numbers in bits of their own.
 
     Raises ValueError with everything that form cannot say.
     """
@@ -32,7 +33,7 @@ def to_served(model: Any) -> Any:
     if found := obstacles(model.config):
         raise ValueError(f"no serving form of this {model.config.model_type} model: it has " + "; ".join(found))
     config = copy.deepcopy(model.config)
-    config.served, config.q_lora_rank = True, None
+    config.served, config.q_lora_rank, config.cache_format = True, None, None
     state = {name: weight for name, weight in model.state_dict().items() if ".self_attn." not in name}
     prefix = f"{model.base_model_prefix}."
     for index, attention in enumerate(attention_layers(model)):
@@ -49,7 +50,7 @@ def to_served(model: Any) -> Any:
 
 def attention_state(attention: Any) -> dict[str, torch.Tensor]:
     heads, groups, rank = attention.num_heads, attention.num_key_value_heads, attention.kv_lora_rank
-    state = dict(attention.state_dict())
+    state = {name: weight for name, weight in attention.state_dict().items() if not name.startswith("cache_tables.")}
     if "q_a_proj.weight" in state:
         state["q_proj.weight"] = whole_query(attention).to(state.pop("q_b_proj.weight").dtype)
         del state["q_a_proj.weight"]

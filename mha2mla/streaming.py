@@ -204,7 +204,8 @@ def convert_one(job: Job, index: int, texts: list[Text], progress: Progress) -> 
         statistics, rotation = statistics_of(original, inputs, geometry, index), job.rotations[index]
         with torch.autocast(torch.device(job.device).type, enabled=False):
             if index in first_of_every_kind(teacher):
-                progress.error = max(progress.error, require_exact(check_layer(teacher, index), config.model_type))
+                error = check_layer(teacher, index, job.options.rope)
+                progress.error = max(progress.error, require_exact(error, config.model_type))
             weights, report = convert_layer(original, geometry, job.options, rotation, statistics)
         hand_back(job.device)
         progress.reports.append(asdict(report))

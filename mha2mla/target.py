@@ -90,11 +90,14 @@ def converted_config(config: Any, options: ConversionOptions, attention: Any, ra
     kept = {name: value for name, value in config.to_dict().items() if name not in LEFT_BEHIND}
     assert options.rope_dim is not None
     whole = read_projections(attention, geometry)
-    size, one_key = geometry.head_dim, bool(geometry.key_scales) or shares_rotated_key(options)
+    size, full = geometry.head_dim, options.rope == "full"
+    one_key = full or bool(geometry.key_scales) or shares_rotated_key(options)
     rotated = options.rope_dim if one_key else options.rope_dim // geometry.num_kv_heads
     norms = {}
     if whole.norms is not None:
-        norms = {"key_scales": geometry.key_scales, "qk_norm_joint": whole.norms.joint, "qk_norm_eps": whole.norms.eps}
+        scales = options.cached(geometry).key_scales
+        norms = {"qk_norm": True, "qk_norm_joint": whole.norms.joint, "qk_norm_eps": whole.norms.eps}
+        norms |= {"key_scales": scales}
     chosen = chosen_layers(config, options)
     return family.config_class(
         **kept
@@ -104,6 +107,7 @@ def converted_config(config: Any, options: ConversionOptions, attention: Any, ra
             "head_dim": size,
             "num_key_value_heads": geometry.num_kv_heads,
             "rotary_dim": geometry.rotary_dim,
+            "rope_full": full,
             "kv_lora_rank": options.kv_lora_rank,
             "layer_kv_lora_rank": own_ranks,
             "latent_layers": None if len(chosen) == config.num_hidden_layers else chosen,
@@ -114,7 +118,7 @@ def converted_config(config: Any, options: ConversionOptions, attention: Any, ra
             "v_head_dim": size,
             "softmax_scale": float(attention.scaling),
             "q_proj_bias": whole.biased,
-            "kv_a_proj_bias": whole.biased,
+            "kv_a_proj_bias": whole.biased and not full,
             "o_proj_bias": whole.biased or output_projection(attention).bias is not None,
         }
         | norms

@@ -132,8 +132,8 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
     options, mla = ConversionOptions.from_config(config.mla), config.mla
     if options.bits != 16:
         raise ValueError(
-            f"mla.bits={options.bits}: a conversion layer by layer cannot measure what the loss minds, so it has no way "
-            "to choose a cache format; give launch.streamed=off, or mla.bits=16"
+            f"mla.bits={options.bits}: a conversion layer by layer cannot measure what the loss minds, which a cache "
+            "format is chosen by; give launch.streamed=off, or mla.bits=16"
         )
     with native_autocast(device), layer_progress(layers, "converted") as on_layer:
         found = convert_streamed(

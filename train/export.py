@@ -25,6 +25,7 @@ from conf.precision import torch_dtype
 from conf.pretrained import load_tokenizer
 from conf.schema import Config, ExportForm, ExportStage
 from conf.stage import write_json
+from mha2mla.bits import clear_format
 from mha2mla.native import to_deepseek
 from mha2mla.served import to_served
 from train.checkpoint import appearing_in
@@ -39,6 +40,7 @@ def export_model(config: Config, plan: Plan, folder: Path) -> dict[str, Any]:
     dtype = torch_dtype(config.export.dtype, True, stored="auto")
     print(f"export: loading {stage.folder}", flush=True)
     model = load_model(stage.folder, dtype).eval()
+    bits = leave_format(model)
     exported = to_deepseek(model) if config.export.form is ExportForm.native else to_served(model)
     tokenizer = load_tokenizer(stage.folder)
     with appearing_in(folder) as whole:
@@ -50,9 +52,26 @@ def export_model(config: Config, plan: Plan, folder: Path) -> dict[str, Any]:
         found["cache_numbers_per_token"] = model.config.num_hidden_layers * (
             model.config.kv_lora_rank + model.config.rope_dim
         )
+        found["cache_bits_left_out"] = bits
         (whole / "README.md").write_text(model_card(config, plan, found))
         write_json(whole / "export.json", found)
     return found
+
+
+def leave_format(model: Any) -> float | None:
+    """Take a model's cache format away, which no engine's layout can say; returns its bits a token a layer, if any."""
+    form, numbers = model.config.cache_format, model.config.kv_lora_rank + model.config.rope_dim
+    if form is None:
+        return None
+    sums = [sum(bits * count for bits, count in layer) for layer in form["bits"] if layer is not None]
+    mean = sum(sums) / len(sums)
+    clear_format(model)
+    print(
+        f"export: the cache format ({mean:.0f} bits a token a layer) is not carried over: engines keep all {numbers} "
+        "numbers of latent and rotated key in bits of their own; for a small cache there convert with mla.bits=16",
+        flush=True,
+    )
+    return mean
 
 
 @torch.no_grad()
@@ -104,7 +123,10 @@ def model_card(config: Config, plan: Plan, found: dict[str, Any]) -> str:
     settings = {name: plain(getattr(config, name)) for name in ("model", "mla", "calibration", "data", "finetune")}
     report, scores, against = plan.report.folder / "results.json", "", ""
     conversion = plan.convert.folder / "conversion.json"
-    if conversion.exists():
+    if found["cache_bits_left_out"] is not None:
+        bits = found["cache_bits_left_out"]
+        against = f" in 16 bits (in transformers {bits:.0f} bits a token a layer, a format that engines do not have)"
+    elif conversion.exists():
         against = f", {100 * json.loads(conversion.read_text())['reduction']:.2f} % less than the original's"
     if plan.report.record():
         results = json.loads(report.read_text())

@@ -3,13 +3,14 @@
     python -m train.inspect HuggingFaceTB/SmolLM2-135M
     python -m train.inspect path/to/checkpoint --reductions 0.5 0.875 --json
 
-Family, kind of attention, cache before and after, the strategies that fit it and why others do not, which forms the
+Family, kind of attention, cache before and after, by rank alone and with a format, what that cost where it was measured
+and where quantising the original costs less; the strategies that fit it and why others do not, which forms the
 result can be exported in and which kernels serve it, and what conversion and healing need (train/resources.py).
 """
 
 import argparse
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from mha2mla import ConversionOptions, native, resolve_options, served
 from mha2mla.convert import TABLES
 from mha2mla.families import attention_layers, family_of, geometry_of
 from mha2mla.target import chosen_layers, converted_config
+from train.expectations import expected
 from train.resources import H100, NO_BFLOAT16, TWO_CORES, conversion, count, healing
 
-REDUCTIONS = (0.5, 0.6875, 0.8125, 0.875)
+REDUCTIONS = (0.5, 0.6875, 0.75, 0.8125, 0.875, 0.9375)
 BYTES = 2  # of a cached number
 MACHINES = (TWO_CORES, NO_BFLOAT16, H100)
 
@@ -58,6 +60,7 @@ def inspect(path: str, reductions: list[float]) -> dict[str, Any]:
         "layers": sizes.layers,
         "cache_bytes_per_token": BYTES * geometry.cache_size * sizes.layers,
         "budgets": budgets,
+        "formats": [cache_format(config, reduction) for reduction in reductions],
         "strategies": strategies(config),
         "conversion": {each.name: conversion(config, sizes, 16384, 40, 1024, each) for each in MACHINES},
         "healing": {
@@ -90,7 +93,8 @@ def budget(config: Any, attention: list[Any], reduction: float) -> dict[str, Any
     for method in ("best", "native"):
         preset = {key: value for key, value in presets()[method].items() if key in known}
         try:
-            options = resolve_options(config, ConversionOptions(**preset, reduction=reduction))
+            by_rank: dict[str, Any] = preset | {"bits": 16, "reduction": reduction}
+            options = resolve_options(config, ConversionOptions(**by_rank))
         except ValueError as error:
             if method == "best":
                 return found | {"impossible": str(error)}
@@ -109,6 +113,28 @@ def budget(config: Any, attention: list[Any], reduction: float) -> dict[str, Any
             "kernels": kernels(options.kv_lora_rank or 0, options.rope_dim or 0),
         }
     return found
+
+
+def cache_format(config: Any, reduction: float) -> dict[str, Any]:
+    """Channels and bits that a cut in bytes leaves a cache with a format, and what such a cut cost where measured."""
+    known = {item.name for item in fields(ConversionOptions)}
+    preset = {key: value for key, value in presets()["best"].items() if key in known}
+    asked: dict[str, Any] = preset | {"bits": "auto", "reduction": reduction}
+    found: dict[str, Any] = {"reduction": reduction}
+    try:
+        options = resolve_options(config, ConversionOptions(**asked))
+    except ValueError as error:
+        return found | {"impossible": str(error)}
+    channels = (options.rope_dim or 0) + (options.kv_lora_rank or 0)
+    bits = options.channel_bits(geometry_of(config), channels) / channels
+    losses = {name: asdict(each) if each else None for name, each in expected(reduction).items() if name != "advice"}
+    return found | {
+        "rope_dim": options.rope_dim,
+        "kv_lora_rank": options.kv_lora_rank,
+        "bits_per_channel": bits,
+        "measured": losses,
+        "advice": expected(reduction)["advice"],
+    }
 
 
 def kernels(rank: int, rope: int) -> list[str]:
@@ -162,6 +188,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         table.add_row(cut, sizes, f"{row['cache_bytes_per_token']:,}", *yes, ", ".join(row["kernels"]))
     console.print()
     console.print(table)
+    print_formats(found["formats"], console)
     reasons = {form: row[form] for form in ("native", "vllm") for row in found["budgets"] if row.get(form)}
     impossible = {f"cut {row['reduction']}": row["impossible"] for row in found["budgets"] if "impossible" in row}
     refused = [why for values in found["strategies"].values() for why in values.values() if why]
@@ -176,6 +203,32 @@ def show(found: dict[str, Any], console: Console) -> None:
         print_pairs(console, {f"convert, {name}": text})
     for name, need in found["healing"].items():
         print_pairs(console, {f"heal, {name}": f"{need['gib']:.1f} GiB a process, {duration(need['seconds'])}"})
+
+
+def print_formats(formats: list[dict[str, Any]], console: Console) -> None:
+    """The same cuts in bytes with a cache format, and their measured losses."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("cut in bytes", "R + r", "bits", "healed", "original quantised", "advice"):
+        table.add_column(column, justify="left" if column == "advice" else "right")
+    for row in formats:
+        cut = f"-{100 * row['reduction']:.2f} %"
+        if "impossible" in row:
+            table.add_row(cut, "none", "", "", "", "")
+            continue
+        losses = [loss_words(row["measured"][side]) for side in ("converted", "original")]
+        sizes = f"{row['rope_dim']} + {row['kv_lora_rank']}"
+        table.add_row(cut, sizes, f"{row['bits_per_channel']:.1f}", *losses, row["advice"])
+    console.print()
+    console.print(table)
+    console.print(
+        "Perplexity and KL to the original as measured on SmolLM2-135M-Instruct (docs/results/frontier.json): an order "
+        "of magnitude for other models.",
+        highlight=False,
+    )
+
+
+def loss_words(loss: dict[str, Any] | None) -> str:
+    return "" if loss is None else f"{100 * loss['perplexity']:+.1f} %, {loss['kl']:.2f}"
 
 
 def print_pairs(console: Console, pairs: dict[str, str]) -> None:

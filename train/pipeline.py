@@ -32,6 +32,7 @@ MODULES = {
     "sample": "data.sample",
     "finetune": "train.finetune",
     "original": "eval.evaluate",
+    "baselines": "eval.evaluate",
     "evaluate": "eval.evaluate",
     "report": "eval.report",
 }
@@ -48,8 +49,8 @@ def run_point(config: Config, overrides: list[str]) -> None:
         return
     started: set[str] = set()
     for stage in plan.stages:
-        module = MODULES[stage.name]
-        if module in started:  # eval.evaluate serves two stages; it is started once
+        module = MODULES[stage.name.split("/")[0]]
+        if module in started:  # eval.evaluate serves several stages; it is started once
             continue
         with stage.alone():
             if not stage.skip(config.force):

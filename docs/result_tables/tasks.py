@@ -3,7 +3,6 @@
 from typing import Any
 
 from eval.markdown import with_error
-from eval.results import MODELS
 from result_tables.common import load, number, table, where
 
 
@@ -11,6 +10,7 @@ def default_run() -> str:
     """The embedded default: cache, perplexity and score of original, converted and healed model."""
     run = load("default_run")
     texts, tasks = list(run["perplexity"]), len(run["tasks"])
+    divergences = [run["kl_divergence"][text] for text in texts] if "kl_divergence" in run else []
     rows = []
     for name, cache in run["cache"].items():
         cut = run["kv_cache_reduction"].get(name)
@@ -20,12 +20,14 @@ def default_run() -> str:
                 name,
                 f"{cache['bytes_per_token']:,.0f}",
                 "" if cut is None else f"{-100 * cut:.2f} %",
-                # Windows need no cache: a coded one has no perplexity of them.
-                *("" if name not in MODELS else number(run["perplexity"][text][name]) for text in texts),
+                # Runs of earlier versions have no perplexity through a quantised cache, and no KL at all.
+                *("" if (value := run["perplexity"][text].get(name)) is None else number(value) for text in texts),
+                *("" if (value := row.get(name)) is None else f"{value:.3f}" for row in divergences),
                 "missing" if score is None else f"{score:.1f}",
             ]
         )
-    head = ["", "cache bytes a token", "cache", *(f"perplexity, {text}" for text in texts), f"{tasks} tasks, 0-100"]
+    losses = [f"perplexity, {text}" for text in texts] + [f"KL, {text}" for text in texts if divergences]
+    head = ["", "cache bytes a token", "cache", *losses, f"{tasks} tasks, 0-100"]
     minutes = run["stages"]["finetune"]["seconds"] / 60
     total = sum(stage["seconds"] for stage in run["stages"].values()) / 60
     tokens = run["healing"]["validation"][-1]["tokens"]

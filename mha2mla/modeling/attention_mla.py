@@ -125,7 +125,7 @@ class MLAAttention(nn.Module):
                 values = values.contiguous()
             output, weights = attend(
                 self,
-                torch.cat((q_nope, q_rot), dim=-1),
+                self.place_queries(torch.cat((q_nope, q_rot), dim=-1), keys, past_key_values),
                 keys,
                 values,
                 attention_mask,
@@ -186,6 +186,10 @@ class MLAAttention(nn.Module):
         k_nope, values = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         k_rot = k_rot.view(batch, length, self.num_rope_heads, self.qk_rope_head_dim).transpose(1, 2)
         return torch.cat((k_nope, k_rot.expand(-1, self.num_key_value_heads, -1, -1)), dim=-1), values
+
+    def place_queries(self, query: torch.Tensor, keys: torch.Tensor, past_key_values: Any) -> torch.Tensor:
+        """Queries [B, H, S, K + P] as they meet all keys [B, G, T, K + P]; the cache has taken the queries' own."""
+        return query
 
     def absorbs(self, queries: int) -> bool:
         """Whether attending the latent is possible and costs fewer multiplications a cached token than expanding it."""

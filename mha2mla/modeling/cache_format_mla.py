@@ -52,6 +52,12 @@ class LayerFormat:
         return [(bits, [place for place, own in enumerate(self.bits) if own == bits]) for bits in found]
 
     @cached_property
+    def code_bytes(self) -> int:
+        """Bytes of a token: codes of latent and rotated key, each in whole bytes, its factors, channels of 16 bits."""
+        codes = packed_bytes(self.bits[: self.rank]) + packed_bytes(self.bits[self.rank :])
+        return codes + 2 * (self.bits.count(16) + max(self.factors, default=-1) + 1)
+
+    @cached_property
     def levels(self) -> list[int]:
         """Highest code of every channel, [r + R]; 0 where there is none."""
         return [0 if bits == 16 else 2**bits - 1 for bits in self.bits]
@@ -81,12 +87,9 @@ def layer_format(config: Any, index: int) -> LayerFormat | None:
 
 
 def layer_bytes(form: LayerFormat, key_scales: int, context: int) -> int:
-    """Bytes that one layer's cache holds for a sequence of `context` tokens: codes of all tokens but the latest, of
-    latent and rotated key each in whole bytes, and a token's factors where it has some; tokens that stay unquantised,
-    channels of 16 bits and scales of keys at two bytes a number."""
-    whole = form.bits.count(16) + key_scales
-    codes = packed_bytes(form.bits[: form.rank]) + packed_bytes(form.bits[form.rank :])
-    coded = codes + 2 * (whole + max(form.factors, default=-1) + 1)
+    """Bytes that one layer's cache holds for a sequence of `context` tokens: codes of all tokens but the latest; tokens
+    that stay unquantised, and scales of keys, at two bytes a number."""
+    coded = form.code_bytes + 2 * key_scales
     unquantised = form.sink_length + form.residual_length
     return coded * (context - form.residual_length) + 2 * (len(form.bits) + key_scales) * unquantised
 

@@ -23,7 +23,10 @@ class MLAConfigMixin:
     q_proj_bias, kv_a_proj_bias, o_proj_bias: which projections have a bias.
     key_scales: of families with norms on queries and keys, scales the cache holds a token a layer beside r + R numbers:
         1 if one norm goes over all heads, else one a key/value head; 0 without norms.
+    qk_norm: whether queries and keys pass such norms.
     qk_norm_joint, qk_norm_eps: whether those norms go over all heads together, and their epsilon.
+    rope_full: keys come out of the latent un-rotated and rotate then (attention_full_rope_mla.py); qk_rope_head_dim and
+        key_scales are 0.
     rotary_dim: numbers of an original head that rotate; 0: all.
     served: the attention in the form that serving engines recognise (attention_served_mla.py).
     latent_layers: which layers have latent attention; None: all.
@@ -42,9 +45,11 @@ class MLAConfigMixin:
     kv_a_proj_bias: bool = False
     o_proj_bias: bool = False
     key_scales: int = 0
+    qk_norm: bool = False
     qk_norm_joint: bool = False
     qk_norm_eps: float = 1e-6
     rotary_dim: int = 0
+    rope_full: bool = False
     served: bool = False
     latent_layers: list[int] | None = None
     cache_format: dict[str, Any] | None = None

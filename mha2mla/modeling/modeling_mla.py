@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .attention_full_rope_mla import FullRopeMLAAttention
 from .attention_mla import MLAAttention
 from .attention_normed_mla import NormedMLAAttention
 from .attention_served_mla import ServedMLAAttention
@@ -19,6 +20,8 @@ from .quantized_cache_mla import FormatCache
 def attention_class(config: Any) -> type[MLAAttention]:
     if config.served:
         return ServedMLAAttention
+    if config.rope_full:
+        return FullRopeMLAAttention
     return NormedMLAAttention if config.key_scales else MLAAttention
 
 

@@ -31,7 +31,7 @@ class Meaning:
         bits, factors = form.bits[channels], form.factors[channels]
         self.packing = packing(bits, device)
         levels = tables.levels[channels]
-        kept = torch.tensor([own == 16 for own in bits], device=device)
+        kept = torch.tensor([own == 16 for own in bits], dtype=torch.bool, device=device)
         self.middle = torch.where(kept, 0, minimum + scale * levels / 2)
         self.weight = scale[self.packing.channel] * self.packing.power
         # Channels that are kept as they are.

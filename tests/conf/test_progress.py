@@ -151,7 +151,7 @@ STAGES: dict[str, tuple[Callable, str, Callable, str]] = {
     "convert": (model_run, "train.convert.load_pretrained", convert.run.__wrapped__, "convert: loading"),
     "streamed": (model_run, "train.convert.checkpoint_folder", convert.run.__wrapped__, "convert: opening"),
     "finetune": (unhealed_run, "train.finetune.finetune", finetune.run, "finetune: loading"),
-    "original": (finished_run, "eval.score.load_model", evaluate.run_evaluate, "original: loading"),
+    "original": (finished_run, "eval.variants.load_model", evaluate.run_evaluate, "original: loading"),
     "evaluate": (finished_run, "eval.evaluate.prepare", evaluate.run_evaluate, "evaluate: preparing"),
     "report": (finished_run, "conf.stage.Stage.require_finished", report.run_report, "report: gathering"),
     "export": (finished_run, "train.export.load_model", export.run_export, "export: loading"),

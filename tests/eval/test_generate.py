@@ -1,11 +1,14 @@
 """Batched greedy generation against single prompts, its stop rules, and the bytes that its cache held."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from eval.generate import CacheReading, Stops, batches, generate, until
-from mha2mla import ConversionOptions, convert
+from mha2mla import ConversionOptions, cache_bytes, convert
+from tests.eval.few_bits import few_bits
 from tests.eval.tiny import model, tokenizer
 
 STOPS = Stops(ends=[2], pad=0, newline=tokenizer()("\n", add_special_tokens=False)["input_ids"][-1])
@@ -110,3 +113,29 @@ def test_nothing_is_generated_from_logits_that_are_not_finite():
     tiny.lm_head.weight.data[7, 3] = float("nan")  # the score of one token: greedily it would be said for ever
     with pytest.raises(ValueError, match="logits are not finite after 20 tokens"):
         generate(tiny, tokenizer(), prompts(20), 4, STOPS, CacheReading())
+
+
+@pytest.mark.parametrize("form", [None, {"scales": "table"}])
+def test_a_model_with_a_cache_format_is_given_no_cache_and_its_own_is_measured(
+    form: dict | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, given, made = model(), [], []
+    tiny.config.cache_format = form
+
+    def preparing(config: Any, kwargs: dict[str, Any], *args: Any, **rest: Any) -> None:
+        """In place of a packed cache: one of two bits, if none is given."""
+        given.append(kwargs.get("past_key_values"))
+        if kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = few_bits(2)(tiny)
+        made.append(kwargs["past_key_values"])
+
+    monkeypatch.setattr(tiny, "_prepare_cache_for_generation", preparing)
+    reading = CacheReading()
+    generate(tiny, tokenizer(), prompts(30), 8, Stops([600], 0, 0), reading)
+    assert (given[0] is None) == (form is not None)
+    assert reading.positions == 37 and reading.bytes == cache_bytes(made[0])
+    # A control: the numbers of a model without a format take many times the bytes.
+    assert (reading.bytes < 37 * 2 * 32 * 4 / 3) == (form is not None)
+    own = CacheReading()  # what a caller gives wins
+    generate(tiny, tokenizer(), prompts(30), 8, Stops([600], 0, 0), own, new_cache=few_bits(4))
+    assert given[1] is not None and reading.bytes != own.bytes

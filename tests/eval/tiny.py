@@ -71,6 +71,7 @@ def compose_config(folder: Path, *overrides: str) -> Config:
         "eval.max_length=300",
         "eval.perplexity_tokens=256",
         "eval.perplexity_sequence_length=32",
+        "eval.divergence_tokens=64",
         f"eval.tasks={TASKS}",
         "launch.device=cpu",
         "tracking=none",

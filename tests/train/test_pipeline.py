@@ -49,6 +49,7 @@ def command_line(root: Path, original: PreTrainedModel | None = None) -> list[st
         "eval.max_length=300",
         "eval.perplexity_tokens=256",
         "eval.perplexity_sequence_length=32",
+        "eval.divergence_tokens=64",
         "launch.device=cpu",
     ]
 
