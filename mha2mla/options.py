@@ -69,8 +69,8 @@ class ConversionOptions:
     rope_dim: R, rotated numbers a token a layer, all heads together; None: an eighth of the keys where every key head
         keeps as many (the paper's share), else a quarter to a third of R + r.
     kv_lora_rank: r, size of the latent; None: what `reduction` leaves after R.
-    reduction: wanted cut of the cache as a fraction; default 0.6875, and 0.875 where bits are fewer than 16. With 16 it is
-        used only where kv_lora_rank is None.
+    reduction: wanted cut of the cache as a fraction; default 0.6875, and 0.875 where bits are fewer than 16. With 16 it
+        is used only where kv_lora_rank is None.
     partial_rope: which pairs keep their rotation, a name of `mha2mla.partial_rope.STRATEGIES`.
     rope_basis: the basis that pairs are chosen in, a name of `mha2mla.basis.STRATEGIES`; always `heads` where every
         key head has a norm of its own.
