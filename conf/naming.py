@@ -1,6 +1,6 @@
 """The folder name of a point: the method it is nearest to, what differs from it, and the sizes.
 
-`best-cut0.6875`, `mha2mla-R24-r48`, `best+value_weight-0.5-cut0.875`. Two points that differ have different names,
+`best-cut0.875`, `mha2mla-R24-r48`, `best+value_weight-0.5-cut0.75`. Two points that differ have different names,
 so a sweep over any option keeps them apart.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 SIZES = {"rope_dim": "R", "kv_lora_rank": "r", "q_lora_rank": "q"}
-DEFAULT_CUT = 0.6875  # that of the library, which is not imported here: it would load torch
+# Those of the library by rank and with fewer bits; it is not imported here, since it would load torch.
+DEFAULT_CUT, DEFAULT_BYTES = 0.6875, 0.875
 
 
 def point_name(mla: Any) -> str:
@@ -26,8 +27,9 @@ def point_name(mla: Any) -> str:
     nearest = min(changes, key=lambda method: len(changes[method]))
     parts = [nearest + "".join(f"+{name}-{value}" for name, value in changes[nearest].items())]
     parts += [f"{letter}{getattr(mla, name)}" for name, letter in SIZES.items() if getattr(mla, name)]
-    if not mla.kv_lora_rank:
-        parts.append(f"cut{mla.reduction or DEFAULT_CUT:g}")
+    cut = mla.reduction or (DEFAULT_CUT if mla.bits == "16" else DEFAULT_BYTES)
+    if not mla.kv_lora_rank or (mla.bits == "auto" and mla.reduction):
+        parts.append(f"cut{cut:g}")
     return "-".join(parts)
 
 

@@ -111,7 +111,8 @@ class MLAConfig:
     rope: str = "partial"  # or full: keys rotate when they are made from the latent; exact at full rank, slow to decode
     rope_dim: int | None = None  # R: rotated numbers a token a layer; default: an eighth of the keys
     kv_lora_rank: int | None = None  # r: size of the latent; default: what `reduction` leaves after R
-    reduction: float | None = None  # wanted cut of the KV cache, instead of kv_lora_rank; default 0.6875
+    # Wanted cut of the KV cache in bytes; default 0.875, and 0.6875 with bits=16, where it excludes kv_lora_rank.
+    reduction: float | None = None
     partial_rope: str = "high"  # a name of mha2mla/partial_rope.py
     rope_basis: str = "heads"  # a name of mha2mla/basis.py
     frequency_folding: int = 1  # neighbouring frequencies that rotate as one; more than 1 needs rope_basis=principal

@@ -50,8 +50,8 @@ def kivi_cache(bits: int) -> NewCache:
 
 
 def transform_coder(model: Any, tokenizer: Any, bits: float, batches: Iterable[torch.Tensor]) -> Any:
-    """The original converted at full rank with `bits` a cached number on average, everything that a cache of the default
-    context holds counted: it quantises its cache by itself.
+    """The original converted at full rank with `bits` a cached number on average, everything that a cache of the
+    default context holds counted: it quantises its cache by itself.
 
     batches: calibration text, int64 input_ids [B, S] each.
     """

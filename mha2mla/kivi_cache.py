@@ -18,7 +18,7 @@ from typing import Any
 from transformers import Cache, DynamicCache
 
 from mha2mla.families import FAMILIES, family_of, geometry_of
-from mha2mla.kivi_groups import BITS, STEP, check_bytes, group_bytes, round_up
+from mha2mla.kivi_groups import BITS, check_bytes, group_bytes
 from mha2mla.kivi_layer import KiviLayer
 
 
@@ -68,10 +68,10 @@ def bytes_per_token(
     residual_length: int | None = None,
     sink_length: int = 4,
 ) -> float:
-    """Bytes a token of one sequence in a `KiviCache` that holds `context` tokens: what it allocates / context.
+    """Bytes a token of one sequence in a `KiviCache` that holds `context` tokens: all that it holds / context.
 
-    Counted are codes, scales and minima of all layers, the room for the next groups, and in 16 bits the tokens that are
-    not quantised. `cache_bytes(cache, number_bytes=2)` measures the same. Raises ValueError as `KiviCache` does.
+    Counted are codes, scales and minima of all layers, and in 16 bits the tokens that are not quantised.
+    `cache_bytes(cache, number_bytes=2)` measures the same. Raises ValueError as `KiviCache` does.
     """
     residual_length = check_settings(config, bits, group_size, residual_length, sink_length)
     if context < 1:
@@ -85,7 +85,7 @@ def bytes_per_token(
         left = max(0, context + 1 - window - sink_length) // group_size if window else 0
         left = min(left, complete)
         unquantised = context - complete * group_size - (first if left else 0)
-        total += token * unquantised + group * round_up(complete - left, STEP)
+        total += token * unquantised + group * (complete - left)
     return geometry.num_kv_heads * total / context
 
 

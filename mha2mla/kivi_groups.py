@@ -15,41 +15,7 @@ import torch
 from mha2mla.quantization import pack, unpack
 
 BITS = (2, 3, 4)
-STEP = 8  # groups that a buffer grows by: most groups are written in place and copy nothing
 CHUNK = 64  # groups that are quantised at once: it takes many times the memory of their codes
-
-
-class Rows:
-    """A tensor [B, G, N, n] that grows along N in steps."""
-
-    def __init__(self) -> None:
-        self.buffer: torch.Tensor | None = None
-        self.length = 0
-
-    def append(self, rows: torch.Tensor) -> None:
-        needed = self.length + rows.shape[2]
-        if self.buffer is None or needed > self.buffer.shape[2]:
-            self.move(0, needed, rows)
-        assert self.buffer is not None
-        self.buffer[:, :, self.length : needed] = rows
-        self.length = needed
-
-    def drop(self, count: int) -> None:
-        """Forget the first `count` rows and free their memory."""
-        assert self.buffer is not None
-        self.move(count, self.length - count, self.buffer)
-        self.length -= count
-
-    def move(self, start: int, capacity: int, like: torch.Tensor) -> None:
-        """Copy the rows from `start` on into a buffer of at least `capacity` rows."""
-        moved = like.new_empty(*like.shape[:2], round_up(capacity, STEP), like.shape[3])
-        if self.buffer is not None:
-            moved[:, :, : self.length - start] = self.buffer[:, :, start : self.length]
-        self.buffer = moved
-
-    def view(self, start: int = 0) -> torch.Tensor:
-        assert self.buffer is not None
-        return self.buffer[:, :, start : self.length]
 
 
 class Groups:
@@ -61,40 +27,37 @@ class Groups:
     def __init__(self, bits: int, group_size: int, head_dim: int, by_channel: bool) -> None:
         self.bits, self.group_size, self.head_dim, self.by_channel = bits, group_size, head_dim, by_channel
         self.share = group_size if by_channel else largest_divisor(head_dim, group_size)
-        self.rows = Rows(), Rows(), Rows()  # codes [B, G, N, bytes], minimum and scale [B, G, N, m]
+        self.rows: list[torch.Tensor] = []  # codes [B, G, N, bytes], minimum and scale [B, G, N, m]
 
     @property
     def length(self) -> int:
-        return self.rows[0].length
+        return self.rows[0].shape[2] if self.rows else 0
 
     def append(self, states: torch.Tensor) -> None:
-        """Quantise and keep states [B, G, S, D] of complete groups."""
-        for some in states.split(CHUNK * self.group_size, 2):
-            for rows, new in zip(self.rows, self.quantize(some), strict=True):
-                rows.append(new)
+        """Quantise and keep states [B, G, S, D] of complete groups.
+
+        It copies what is kept, once in a group's tokens: little beside dequantising all of it for every token, and no
+        memory waits to be used.
+        """
+        new = [self.quantize(some) for some in states.split(CHUNK * self.group_size, 2)]
+        kept = [tuple(self.rows)] if self.rows else []
+        self.rows = [torch.cat(rows, 2) for rows in zip(*kept, *new, strict=True)]
 
     def read(self, dtype: torch.dtype, start: int = 0) -> torch.Tensor:
         """What is kept from group `start` on, [B, G, S, D]."""
-        codes, minimum, scale = (rows.view(start) for rows in self.rows)
+        codes, minimum, scale = (rows[:, :, start:] for rows in self.rows)
         return self.dequantize(codes, minimum, scale, dtype)
 
     def rounded(self, states: torch.Tensor) -> torch.Tensor:
         """States of complete groups as they would be read back, without keeping them."""
         return self.dequantize(*self.quantize(states), states.dtype)
 
-    def truncate(self, length: int) -> None:
-        """Forget all groups behind the first `length`; their memory is used again."""
-        for rows in self.rows:
-            rows.length = min(rows.length, length)
-
-    def drop(self, count: int) -> None:
-        for rows in self.rows:
-            rows.drop(count)
+    def keep(self, start: int, end: int) -> None:
+        """Forget all groups but those from `start` to `end`, and free their memory."""
+        self.rows = [rows[:, :, start:end].clone() for rows in self.rows]
 
     def change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for rows in self.rows:
-            if rows.buffer is not None:
-                rows.buffer = change(rows.buffer)
+        self.rows = [change(rows) for rows in self.rows]
 
     @torch.no_grad()
     def quantize(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -142,7 +105,3 @@ def group_bytes(bits: int, group_size: int, head_dim: int) -> int:
 
 def largest_divisor(number: int, limit: int) -> int:
     return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
-
-
-def round_up(number: int, step: int) -> int:
-    return -(-number // step) * step

@@ -101,7 +101,7 @@ class KiviLayer(DynamicLayer):
         count = min(self.left(self.get_seq_length()) - self.dropped, self.groups[0].length)
         if count > 0:
             for groups in self.groups:
-                groups.drop(count)
+                groups.keep(count, groups.length)
             self.first = [states[:, :, :0].clone() for states in self.first]
             self.dropped += count
 
@@ -156,7 +156,7 @@ class KiviLayer(DynamicLayer):
         else:
             latest = [groups.read(self.dtype, count) for groups in self.groups]
             for groups in self.groups:
-                groups.truncate(count)
+                groups.keep(0, count)
         self.recent = [states[:, :, :rest].clone() for states in latest]
 
     def change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

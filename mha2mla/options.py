@@ -13,6 +13,7 @@ CHANNEL_BITS = 12  # of a budget that bits share out, for every rotated number (
 SINKS = 4  # first tokens of a sequence, which a format leaves unquantised
 RUN = 8  # channels whose codes fill bytes, whatever their bits
 DEFAULT_REDUCTION = 0.6875  # the paper's first setting: 24 + 96 of 384 numbers on SmolLM-135M
+DEFAULT_BYTES = 0.875  # with bits fewer than 16
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class ConversionOptions:
     rope_dim: R, rotated numbers a token a layer, all heads together; None: an eighth of the keys where every key head
         keeps as many (the paper's share), else a quarter to a third of R + r.
     kv_lora_rank: r, size of the latent; None: what `reduction` leaves after R.
-    reduction: wanted cut of the cache as a fraction, used only where kv_lora_rank is None; default 0.6875.
+    reduction: wanted cut of the cache as a fraction; default 0.6875, and 0.875 where bits are fewer than 16. With 16 it
+        is used only where kv_lora_rank is None.
     partial_rope: which pairs keep their rotation, a name of `mha2mla.partial_rope.STRATEGIES`.
     rope_basis: the basis that pairs are chosen in, a name of `mha2mla.basis.STRATEGIES`; always `heads` where every
         key head has a norm of its own.
@@ -221,7 +223,8 @@ class ConversionOptions:
     @property
     def cut(self) -> float:
         """The fraction of the cache that is to go."""
-        return DEFAULT_REDUCTION if self.reduction is None else self.reduction
+        default = DEFAULT_REDUCTION if self.bits == 16 else DEFAULT_BYTES
+        return default if self.reduction is None else self.reduction
 
     def _budget(self, geometry: Geometry) -> int:
         """R + r, where a reduction says how large the cache may be."""

@@ -269,7 +269,8 @@ class QuantizedLatentLayer(DynamicLayer):
 class QuantizedLatentCache(FormatCache):
     """For models that this package converted.
 
-    config: the model's. Alone, of a model with a cache format, it gives that cache. bits: of the latent, 2, 3, 4 or 8. rope_bits: of the rotated key, or None to keep it whole.
+    config: the model's. Alone, of a model with a cache format, it gives that cache.
+    bits: of the latent, 2, 3, 4 or 8. rope_bits: of the rotated key, or None to keep it whole.
     group_size: channels that share a range, measured for every token and stored with it; default: the largest divisor
         of r up to 32 (of R for the rotated key, at most that). Unused with ranges, one `LayerRanges` a layer from
         `calibrate_ranges`.

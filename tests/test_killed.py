@@ -54,7 +54,7 @@ CHAIN = ("train.convert", "data.sample", "train.finetune", "eval.evaluate", "eva
 CASES = {
     "converse": Case("data.converse", (OWN, "data.files=[]", "data.tokens=20000")),
     "convert": Case("train.convert"),
-    "streamed": Case("train.convert", ("launch.streamed=on", "mla.reconstruction_steps=20")),
+    "streamed": Case("train.convert", ("launch.streamed=on", "mla.bits=16", "mla.reconstruction_steps=20")),
     "sample": Case("data.sample", ("data.num_workers=2", "data.tokens=20000")),
     "finetune": Case("train.finetune", ("finetune.save_every=3", "finetune.max_steps=16"), CHAIN[:2]),
     "distil": Case("train.finetune", ("finetune.loss=kd", "finetune.teacher_top_k=8"), CHAIN[:2]),

@@ -95,6 +95,6 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def preset(name: str) -> dict[str, Any]:
-    """What a file of conf/method/ says of the conversion itself."""
-    known = {item.name for item in fields(ConversionOptions)}
+    """What a file of conf/method/ says of the conversion itself, but for bits: by rank alone."""
+    known = {item.name for item in fields(ConversionOptions)} - {"bits"}
     return {key: value for key, value in presets()[name].items() if key in known}

@@ -136,16 +136,16 @@ class CacheTables(nn.Module):
         """States [B, 1, S, n] as their codes give them back, those of the first tokens unchanged."""
         wide = states.float()
         minimum, scale = self.spans(self.factors(wide))
-        place = self.place(wide, minimum, scale)
+        place = place_of(wide, minimum, scale, self.levels)
         codes = place + (place.round() - place).detach()
         whole = torch.tensor([bits == 16 for bits in self.form.bits], device=states.device)
         found = torch.where(whole, wide, minimum + scale * codes)
         return torch.where(self.is_first(states, position_ids), states, found.to(states.dtype))
 
-    def place(self, states: torch.Tensor, minimum: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Where states lie on the scale of their codes, not rounded."""
-        levels = torch.tensor(self.form.levels, dtype=torch.float32, device=states.device)
-        return torch.minimum(((states - minimum) / scale).clamp_min(0), levels)
+    @property
+    def levels(self) -> torch.Tensor:
+        """Highest code of every channel, [n]."""
+        return torch.tensor(self.form.levels, dtype=torch.float32, device=self.minimum.device)
 
     def factors(self, states: torch.Tensor) -> torch.Tensor | None:
         """What multiplies the scales of every run of a token, [..., k] of states [..., n] in float32, if anything."""
@@ -167,7 +167,7 @@ class CacheTables(nn.Module):
         index = torch.tensor(self.form.factors, device=scale.device)
         # Channels without a factor take the one behind the last.
         factor = nn.functional.pad(factors, (0, 1), value=1.0)[..., index]
-        half = torch.tensor(self.form.levels, device=scale.device) / 2
+        half = self.levels / 2
         return minimum + scale * half * (1 - factor), scale * factor
 
     def is_first(self, states: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
@@ -175,6 +175,11 @@ class CacheTables(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(states.shape[2], device=states.device)[None]
         return (position_ids < self.form.sink_length)[:, None, :, None]
+
+
+def place_of(states: torch.Tensor, minimum: torch.Tensor, scale: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Where states lie on the scale of their codes, not rounded."""
+    return torch.minimum(((states - minimum) / scale).clamp_min(0), levels)
 
 
 def token_factor(states: torch.Tensor, minimum: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:

@@ -4,7 +4,6 @@ Shapes: B batch, T cached tokens, S new tokens, F rotary frequencies, N rotated 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,25 +14,26 @@ STEP = 256  # tokens that a buffer grows by: a decoded token writes itself and c
 
 
 class Rows:
-    """A tensor [B, 1, T, n] that grows along T in steps."""
+    """A tensor that grows along one dimension, its tokens, in steps: [B, 1, T, n], or [B, 1, n, T] with `tokens=3`."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = 2) -> None:
         self.buffer: torch.Tensor | None = None
-        self.length = 0
+        self.length, self.tokens = 0, tokens
 
     def view(self) -> torch.Tensor:
         assert self.buffer is not None
-        return self.buffer[:, :, : self.length]
+        return self.buffer.narrow(self.tokens, 0, self.length)
 
     def append(self, rows: torch.Tensor) -> None:
-        needed = self.length + rows.shape[2]
-        if self.buffer is None or needed > self.buffer.shape[2]:
-            capacity = -(-needed // STEP) * STEP
-            larger = rows.new_empty(*rows.shape[:2], capacity, rows.shape[3])
+        needed = self.length + rows.shape[self.tokens]
+        if self.buffer is None or needed > self.buffer.shape[self.tokens]:
+            shape = list(rows.shape)
+            shape[self.tokens] = -(-needed // STEP) * STEP
+            larger = rows.new_empty(shape)
             if self.buffer is not None:
-                larger[:, :, : self.length] = self.view()
+                larger.narrow(self.tokens, 0, self.length).copy_(self.view())
             self.buffer = larger
-        self.buffer[:, :, self.length : needed] = rows
+        self.buffer.narrow(self.tokens, self.length, needed - self.length).copy_(rows)
         self.length = needed
 
     def change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -155,7 +155,3 @@ class MeanKeys:
         cos, sin = torch.cat((first, second), -1), torch.cat((-second, first), -1)
         own = torch.cat((own, own), 1)
         return torch.cat((cos[..., None] * own, sin[..., None] * own), -1).flatten(0, 1)
-
-
-def cat(parts: list[torch.Tensor]) -> Any:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

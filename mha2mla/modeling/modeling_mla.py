@@ -66,13 +66,13 @@ class MLAForCausalLMMixin:
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> Any:
         """`generate`'s cache: a model with a format has its own, where none is given or asked for."""
         wanted = generation_config.cache_implementation
         given = model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False
         if not has_format(self.config) or given or wanted == "dynamic":
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-            return
+            prepare = super()._prepare_cache_for_generation  # type: ignore[misc]  # the family's class comes next
+            return prepare(generation_config, model_kwargs, *args, **kwargs)
         if wanted is not None:
             raise ValueError(
                 f"cache_implementation={wanted!r}: a model with a cache format has its own quantised cache, made when "
@@ -82,6 +82,7 @@ class MLAForCausalLMMixin:
         if getattr(generation_config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+        return None
 
 
 def has_format(config: Any) -> bool:
@@ -89,7 +90,7 @@ def has_format(config: Any) -> bool:
 
 
 def with_own_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A decoder's `forward` that makes the cache of the model's format where transformers would make an unquantised one.
+    """A decoder's `forward` that makes the cache of its format where transformers' would make an unquantised one.
 
     Training, and gradients that nobody asked a cache beside, see one window with simulated codes instead.
     """

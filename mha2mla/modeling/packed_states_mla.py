@@ -13,7 +13,8 @@ import torch
 from .cache_format_mla import CacheTables
 from .packing_mla import packing
 
-PIECE = {"cpu": 2**18}  # numbers that are unpacked at once
+PIECE = {"cpu": 2**21}  # numbers that are unpacked at once
+STRETCH = 512  # of tokens of a sequence
 LARGE = 2**26  # on devices without such a cache
 
 
@@ -29,7 +30,7 @@ class Meaning:
         minimum, scale = (values.detach()[channels] for values in tables.spans(None))
         bits, factors = form.bits[channels], form.factors[channels]
         self.packing = packing(bits, device)
-        levels = torch.tensor(form.levels[channels], device=device)
+        levels = tables.levels[channels]
         kept = torch.tensor([own == 16 for own in bits], dtype=torch.bool, device=device)
         self.middle = torch.where(kept, 0, minimum + scale * levels / 2)
         self.weight = scale[self.packing.channel] * self.packing.power
@@ -47,7 +48,7 @@ class Meaning:
 
 
 class Packed:
-    """Tokens of one slot: codes [B, T, W], numbers that are kept [B, T, m], factors [B, T, k] or None."""
+    """Tokens of one slot: codes [B, W, T], numbers that are kept [B, T, m], factors [B, k, T] or None."""
 
     def __init__(
         self, meaning: Meaning, codes: torch.Tensor, kept: torch.Tensor | None, factors: torch.Tensor | None
@@ -55,19 +56,29 @@ class Packed:
         self.meaning, self.codes, self.kept = meaning, codes, kept
         self.factors = factors if meaning.packing.columns else None
 
-    def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Tokens and their columns [B, t, C], times their factors; a piece is overwritten by the next."""
-        batch, length, _ = self.codes.shape
+    def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Sequences, tokens and their columns [b, C, t], times their factors; a piece is overwritten by the next."""
+        batch, _, length = self.codes.shape
         packing = self.meaning.packing
-        limit = PIECE.get(self.codes.device.type, LARGE)
-        size = min(length, max(16, limit // max(1, batch * packing.columns) // 16 * 16))
-        buffer = self.codes.new_empty(batch, size, packing.columns, dtype=dtype)
-        for start in range(0, length, max(1, size)):
-            tokens = slice(start, min(start + size, length))
-            columns = packing.unpack(self.codes[:, tokens], buffer[:, : tokens.stop - start])
-            if self.factors is not None:
-                columns.mul_(self.factors[:, tokens].to(dtype).index_select(-1, self.meaning.factor))
-            yield tokens, columns
+        limit = PIECE.get(self.codes.device.type, LARGE) // packing.columns
+        size = max(1, min(length, STRETCH, limit // 16 * 16))
+        rows = max(1, min(batch, limit // size))
+        integers = self.codes.new_empty(rows * packing.columns * size)
+        numbers = torch.empty_like(integers, dtype=dtype)
+        for row in range(0, batch, rows):
+            for start in range(0, length, size):
+                some, tokens = slice(row, row + rows), slice(start, start + size)
+                codes = self.codes[some, :, tokens]
+                shape = codes.shape[0], packing.columns, codes.shape[2]
+                count = shape[0] * shape[1] * shape[2]
+                columns = numbers[:count].view(shape)  # side by side whatever its size: products would copy it else
+                whole = packing.unpack(codes, integers[:count].view(shape))
+                if self.factors is None:
+                    columns.copy_(whole)
+                else:
+                    factors = self.factors[some, :, tokens].to(dtype).index_select(1, self.meaning.factor)
+                    torch.mul(whole, factors, out=columns)
+                yield some, tokens, columns
 
     def dot(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Products [B, Q, T] of rows [B, Q, n], and what is added to them, [B, Q, T or 1]."""
@@ -79,17 +90,17 @@ class Packed:
         if self.factors is None:
             constant = constant - middle.sum(-1, keepdim=True)
         constant = constant if bias is None else constant + bias
-        found = rows.new_empty(*rows.shape[:2], self.codes.shape[1], dtype=dtype)
+        found = rows.new_empty(*rows.shape[:2], self.codes.shape[2], dtype=dtype)
         constant = constant.to(dtype).expand_as(found)
         if self.factors is not None:
             by_factor = (middle @ meaning.of_factor).to(dtype)
-            constant = torch.baddbmm(constant, by_factor, self.factors.to(dtype).mT, alpha=-1)
+            constant = torch.baddbmm(constant, by_factor, self.factors.to(dtype), alpha=-1)
         if self.kept is not None:
             constant = torch.baddbmm(constant, rows[..., meaning.whole].to(dtype), self.kept.to(dtype).mT)
         if not meaning.packing.columns:
             return constant.to(rows.dtype)
-        for tokens, columns in self.pieces(dtype):
-            found[:, :, tokens] = torch.baddbmm(constant[:, :, tokens], weighted, columns.mT)
+        for some, tokens, columns in self.pieces(dtype):
+            found[some, :, tokens] = torch.baddbmm(constant[some, :, tokens], weighted[some], columns)
         return found.to(rows.dtype)
 
     def mix(self, weights: torch.Tensor) -> torch.Tensor:
@@ -101,10 +112,10 @@ class Packed:
         found[..., : meaning.channels] = total * meaning.middle
         if meaning.packing.columns:
             sums = weights.new_zeros(*weights.shape[:2], meaning.packing.columns, dtype=torch.float32)
-            for tokens, columns in self.pieces(dtype):
-                sums += own[:, :, tokens] @ columns
+            for some, tokens, columns in self.pieces(dtype):
+                sums[some] += torch.bmm(own[some, :, tokens], columns.mT)
             if self.factors is not None:
-                total = (own @ self.factors.to(dtype)).float().index_select(-1, meaning.factor)
+                total = (own @ self.factors.to(dtype).mT).float().index_select(-1, meaning.factor)
             sums -= total * meaning.packing.middle
             found[..., : meaning.channels] += meaning.packing.to_channels(sums * meaning.weight)
         if self.kept is not None:

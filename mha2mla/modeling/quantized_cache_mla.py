@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .cache_format_mla import CacheTables, LayerFormat, layer_format
+from .cache_format_mla import CacheTables, LayerFormat, layer_format, place_of
 from .cache_rows_mla import MeanKeys, Rows, Starts, Turns
 from .packed_states_mla import Meaning, Packed
 
@@ -36,6 +36,17 @@ class Reading:
         self.parts = slice(0, rank), slice(rank, channels)
         self.slots = Meaning(tables, self.parts[0]), Meaning(tables, self.parts[1], extra)
         self.means = MeanKeys(tables.key_mean, pairs, turns)
+        self.levels, self.fixed = tables.levels, tables.spans(None)
+
+    def spans(self, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.fixed if factors is None else self.tables.spans(factors)
+
+    def encode(self, channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Codes [B, 1, S, r + R], uint8, of as many channels, and factors [B, 1, S, k]."""
+        wide = channels.float()
+        factors = self.tables.factors(wide)
+        codes = place_of(wide, *self.spans(factors), self.levels).round_().to(torch.uint8)
+        return codes, factors
 
 
 class FormatLayer(DynamicLayer):
@@ -51,7 +62,7 @@ class FormatLayer(DynamicLayer):
     def clear(self) -> None:
         self.is_initialized = False
         self.starts = Starts()
-        self.codes, self.kept, self.factors = (Rows(), Rows()), (Rows(), Rows()), Rows()
+        self.codes, self.kept, self.factors = (Rows(3), Rows(3)), (Rows(), Rows()), Rows(3)
         self.first: list[torch.Tensor] = []
         self.recent: list[torch.Tensor] = []
         self.length = 0
@@ -134,9 +145,7 @@ class FormatLayer(DynamicLayer):
         start, end = self.codes[0].length, self.codes[0].length + latent.shape[2]
         own = rope[..., : self.form.rope_dim]
         own = own - reading.means.dense(self.starts, start, end).to(own.dtype)
-        channels = torch.cat((latent, own), -1).float()
-        factors = reading.tables.factors(channels)
-        codes = reading.tables.place(channels, *reading.tables.spans(factors)).round_().to(torch.uint8)
+        codes, factors = reading.encode(torch.cat((latent, own), -1))
         # Of rotated keys, channels of 16 bits too are differences from the mean key.
         given = latent, torch.cat((own, rope[..., self.form.rope_dim :]), -1)
         for slot, meaning in enumerate(reading.slots):
@@ -144,7 +153,7 @@ class FormatLayer(DynamicLayer):
             if len(meaning.whole):
                 self.kept[slot].append(given[slot][..., meaning.whole])
         if factors is not None:
-            self.factors.append(factors.half())
+            self.factors.append(factors.half().mT)
 
     def packed(self, slot: int) -> Packed:
         kept, factors = self.kept[slot], self.factors
@@ -161,9 +170,9 @@ class FormatLayer(DynamicLayer):
         found = []
         for start in range(0, self.codes[slot].length, CHUNK):
             tokens = slice(start, min(start + CHUNK, self.codes[slot].length))
-            factors = self.factors.view()[:, :, tokens].float() if self.factors.length else None
-            minimum, scale = (values[..., part] for values in reading.tables.spans(factors))
-            own = minimum + scale * meaning.packing.codes(self.codes[slot].view()[:, :, tokens])
+            factors = self.factors.view()[..., tokens].mT.float() if self.factors.length else None
+            minimum, scale = (values[..., part] for values in reading.spans(factors))
+            own = minimum + scale * meaning.packing.codes(self.codes[slot].view()[..., tokens])
             own = nn.functional.pad(own.to(self.dtype), (0, meaning.size - meaning.channels))
             if len(meaning.whole):
                 own[..., meaning.whole] = self.kept[slot].view()[:, :, tokens]

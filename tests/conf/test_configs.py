@@ -106,9 +106,10 @@ def test_paper_defaults() -> None:
 @pytest.mark.parametrize(
     ("words", "name"),
     [
-        ([], "best-cut0.6875"),
+        ([], "best-cut0.875"),
         (["method=mha2mla", "mla.rope_dim=24", "mla.kv_lora_rank=48"], "mha2mla-R24-r48"),
-        (["mla.value_weight=0.5", "mla.reduction=0.875"], "best+value_weight-0.5-cut0.875"),
+        (["mla.bits=16"], "best+bits-16-cut0.6875"),
+        (["mla.value_weight=0.5", "mla.reduction=0.75"], "best+value_weight-0.5-cut0.75"),
         (["method=mha2mla", "mla.partial_rope=low", "mla.q_lora_rank=7"], "mha2mla+partial_rope-low-q7-cut0.6875"),
     ],
 )

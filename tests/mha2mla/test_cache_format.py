@@ -240,9 +240,9 @@ def test_codes_come_back_from_bytes(bits: int | None, count: int) -> None:
     levels = torch.tensor([2**b if b < 16 else 1 for b in own])
     codes = (torch.rand(3, 5, count, generator=generator) * levels).to(torch.uint8)
     packed = Packing(own).pack(codes)
-    assert packed.shape == (3, 5, packed_bytes(own)) and packed.dtype == torch.uint8
+    assert packed.shape == (3, packed_bytes(own), 5) and packed.dtype == torch.uint8
     if bits and count % 8 == 0:
-        assert packed.shape[-1] == bits * count // 8
+        assert packed.shape[1] == bits * count // 8
     assert torch.equal(Packing(own).codes(packed), codes.float())
 
 

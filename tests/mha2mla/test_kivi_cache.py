@@ -285,11 +285,11 @@ def test_bytes_are_those_of_the_closed_form(family: str, context: int) -> None:
 
 
 def test_bytes_of_4096_tokens_are_what_the_bits_promise() -> None:
-    """By hand: 127 groups in a buffer of 128, codes and two halves for every 32 numbers, 32 tokens in 16 bits."""
+    """By hand: 127 groups, codes and two halves for every 32 numbers, 32 tokens in 16 bits."""
     config = tiny_model(hidden_size=128).config  # 2 key/value heads of 32
     for bits, cut in ((4, 0.68), (3, 0.74), (2, 0.805)):
         group = 2 * (32 * 32 * bits // 8) + 2 * 2 * 32 * 2
-        whole = 2 * 2 * (128 * group + 32 * 2 * 32 * 2)
+        whole = 2 * 2 * (127 * group + 32 * 2 * 32 * 2)
         got = bytes_per_token(config, bits, 4096)
         assert got * 4096 == whole
         assert 1 - got / (2 * 2 * 2 * 32 * 2) == pytest.approx(cut, abs=0.005)

@@ -34,6 +34,7 @@ def command(root: Path, output: str, *changes: str) -> list[str]:
         "calibration.tokens=512",
         "launch.device=cpu",
         "launch.streamed=on",
+        "mla.bits=16",
         "name=point",
         *changes,
     ]
