@@ -7,7 +7,8 @@ MODEL      ?=
 GPUS       ?=
 ARGS       ?=
 EXPERIMENT ?= $(if $(value MODEL),,laptop)
-RANKS      ?= 96,48,24
+REDUCTIONS ?= 0.75,0.875,0.9375
+RANKS      ?=
 PYTHON     ?= python3
 
 VENV := .venv
@@ -63,8 +64,8 @@ export: $(DONE)  ## the healed model for other programs: ARGS=export.form=native
 report: $(DONE)  ## tables and picture of a finished run
 	@$(RUN) eval.report $(OPTIONS)
 
-sweep: $(DONE)  ## one run for each of RANKS=96,48,24, and one table and picture over all
-	@$(RUN) train.pipeline --multirun mla.kv_lora_rank=$(RANKS) $(OPTIONS)
+sweep: $(DONE)  ## one run for each of REDUCTIONS=0.75,0.875 (or RANKS=96,48, in 16 bits), and one picture over all
+	@$(RUN) train.pipeline --multirun $(if $(RANKS),mla.bits=16 mla.kv_lora_rank=$(RANKS),mla.reduction=$(REDUCTIONS)) $(OPTIONS)
 
 bench: $(DONE)  ## decode speed and cache size against the original model, training step of every loss, as ratios
 	@$(RUN) eval.bench $(OPTIONS)
