@@ -123,6 +123,10 @@ class ConversionOptions:
             given["bits"] = int(given["bits"])
         return cls(**given)
 
+    def by_rank(self) -> "ConversionOptions":
+        """The same options with 16 bits a channel; a rank that is given counts, or else the reduction."""
+        return replace(self, bits=16, reduction=self.reduction if self.kv_lora_rank is None else None)
+
     def resolve(self, geometry: Geometry) -> "ConversionOptions":
         """The same options with R and r as numbers that fit the model; ValueError names what does not."""
         self._check_bits()

@@ -104,7 +104,7 @@ def write_converted(config: Config, folder: str) -> None:
     model = load_pretrained(config)
     # Any text will do: how fast a step is does not depend on what the weights are.
     statistics = collect_statistics(model, [torch.arange(64)[None]])
-    converted, _ = convert(model, ConversionOptions.from_config(config.mla), statistics)
+    converted, _ = convert(model, ConversionOptions.from_config(config.mla).by_rank(), statistics)
     converted.save_pretrained(folder)
 
 

@@ -27,10 +27,13 @@ def test_every_method_at_every_reduction(tmp_path: Path, capsys: pytest.CaptureF
     config.study.points["transmla"].rope_dim = config.study.points["care"].rope_dim = 4
     run.__wrapped__(config)
     found = json.loads((tmp_path / "out" / "model" / "methods.json").read_text())["rows"]
-    assert found[0]["name"] == "original" and len(found) == 1 + 2 * 6
-    assert [row["reduction"] for row in found[1:]] == [0.25] * 6 + [0.5] * 6
-    rows = {(row["name"], row["reduction"]): row["perplexity"] for row in found[1:]}
-    assert len(set(rows.values())) == 12  # no two points gave the same model
+    assert found[0]["name"] == "original" and len(found) == 1 + 2 * 7
+    by_rank = [row for row in found[1:] if row["bits_per_token"] is None]
+    assert [row["reduction"] for row in by_rank] == [0.25] * 6 + [0.5] * 6
+    [quarter, half] = [row["reduction"] for row in found[1:] if row["bits_per_token"]]
+    assert quarter > 0.49 and half > 0.49  # 8 bits a channel are the most that a format has
+    assert len({row["perplexity"] for row in by_rank}) == 12  # no two points gave the same model
+    assert all(row["kl_divergence"] > 0 for row in found[1:])
     assert max(len(line) for line in capsys.readouterr().out.splitlines() if "written" not in line) <= 80
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import mha2mla  # noqa: F401  registers the converted classes
 from eval.text import passages
@@ -80,8 +80,9 @@ def test_one_command_to_a_healed_model_and_a_report(words: list[str]) -> None:
     results = json.loads((folder / "report" / "results.json").read_text())
     assert (folder / "report" / "report.md").stat().st_size > 500
     assert (folder / "report" / "reduction_vs_drop.png").stat().st_size > 5000
-    # R + r = 12 numbers stand against 32.
-    assert f"{100 * (1 - 12 / 32):.2f}" in (folder / "report" / "report.md").read_text()
+    # Asked for are 87.5 % of 4,096 tokens' bytes; of short texts the first tokens, which stay unquantised, weigh more.
+    assert 0.8 < results["kv_cache_reduction"]["healed"] < 0.9
+    assert results["kl_divergence"] and AutoConfig.from_pretrained(folder / "finetune").cache_format
     assert results["model"] == "model"
     healed = AutoModelForCausalLM.from_pretrained(folder / "finetune")
     converted = AutoModelForCausalLM.from_pretrained(folder / "convert")
@@ -104,7 +105,7 @@ def test_other_families_go_all_the_way(family: str, streamed: str, tmp_path: Pat
     """Converted in memory or layer by layer, healed by distillation with hidden states, scored with a coded cache."""
     original = tiny_model(family, vocab_size=len(tokenizer()), max_position_embeddings=512)
     words = command_line(tmp_path, original)
-    changes = ["method=best", "mla.reduction=0.5", "mla.reconstruction_steps=3", "finetune.loss=kd+hidden"]
+    changes = ["method=best", "mla.bits=16", "mla.reconstruction_steps=3", "finetune.loss=kd+hidden"]
     changes.append(f"launch.streamed={streamed}")
     run = pipeline(*words, *changes, "mla.kv_lora_rank=8", "mla.reduction=null", "eval.cache_bits=[8]", "name=point")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
@@ -116,7 +117,7 @@ def test_other_families_go_all_the_way(family: str, streamed: str, tmp_path: Pat
 def test_a_sweep_survives_a_failing_point_and_reports_all(words: list[str]) -> None:
     """Three ranks, each healed by two processes, and one that cannot be."""
     two = ["launch.num_processes=2", "finetune.micro_batch_size=2"]
-    run = pipeline("--multirun", "mla.kv_lora_rank=6,999,10,8", *words, *two)
+    run = pipeline("--multirun", "mla.bits=16", "mla.kv_lora_rank=6,999,10,8", *words, *two)
     assert run.returncode == 1
     assert "kv_lora_rank=999" in run.stderr and "full rank is 28" in run.stderr
     [folder] = (Path(words[2].split("=")[1]) / "sweeps").iterdir()
