@@ -7,39 +7,18 @@ Information Theory, section 10.3.3, with the error that uniform codes are measur
 Shapes: N tokens of text, n = r + R channels of a layer, k choices of bits.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from mha2mla.channels import Channels, observe
 from mha2mla.families import latent_layers
-from mha2mla.finite import is_finite
-from mha2mla.modeling.attention_mla import rotate
 from mha2mla.modeling.cache_format_mla import CacheTables, LayerFormat, layer_format, run_lengths
 from mha2mla.options import RUN, SINKS
-from mha2mla.token_ids import known_ids
 
 CHOICES = (0, 1, 2, 3, 4, 6, 8)
 RIDGE = 1.0  # of the mean sensitivity, added to all directions that few tokens cannot tell apart
-TOKENS = 8192  # of text that tables are fitted to
-GRADIENTS = 4096  # tokens of text that sensitivities come from: they take a backward pass
-
-Rotation = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass
-class Channels:
-    """What one layer caches, on text.
-
-    samples: [N, n], rotated keys as their differences from the rotated mean key. key_mean: [heads, P], not rotated.
-    fisher: [n, n], E[g gᵀ] of the gradients g of the next-token loss summed over a sequence, or None.
-    """
-
-    samples: torch.Tensor
-    key_mean: torch.Tensor
-    fisher: torch.Tensor | None = None
 
 
 def choose_format(
@@ -115,108 +94,6 @@ def fit_tables(model: Any, found: list[Channels]) -> None:
 def refit(model: Any, batches: Iterable[torch.Tensor]) -> None:
     """Fit a format's tables to what the model caches now."""
     fit_tables(model, observe(model, batches, gradients=False))
-
-
-def observe(
-    model: Any,
-    batches: Iterable[torch.Tensor],
-    gradients: bool = True,
-    on_tokens: Callable[[int], None] | None = None,
-) -> list[Channels]:
-    """What every latent layer of a model caches on text, and how much the loss minds."""
-    layers = latent_layers(model)
-    samples: list[list[torch.Tensor]] = [[] for _ in layers]
-    rotations: list[list[Rotation]] = [[] for _ in layers]
-    squares: list[Any] = [0.0 for _ in layers]
-    seen = learned = 0
-    training, model_gradients = model.training, [parameter.requires_grad for parameter in model.parameters()]
-    model.eval().requires_grad_(False)
-    try:
-        for batch in batches:
-            for ids in batch.split(1):
-                if seen >= TOKENS:
-                    break
-                wanted = gradients and learned < GRADIENTS
-                with recording(layers, wanted) as states:
-                    run(model, ids, wanted)
-                for place, (channels, (cos, sin)) in enumerate(states):
-                    samples[place].append(channels.detach()[0, 0, SINKS:].float())
-                    rotations[place].append((cos[0, SINKS:], sin[0, SINKS:]))
-                    if channels.grad is not None:
-                        gradient = channels.grad[0, 0, SINKS:].float()
-                        squares[place] = squares[place] + gradient.T @ gradient
-                seen += ids.numel()
-                learned += wanted * (ids.numel() - SINKS)
-                if on_tokens:
-                    on_tokens(ids.numel())
-    finally:
-        model.train(training)
-        for parameter, before in zip(model.parameters(), model_gradients, strict=True):
-            parameter.requires_grad_(before)
-    if not seen:
-        raise ValueError("calibration text is empty: a cache format is chosen on at least one batch")
-    found = []
-    for (_, attention), own, turned, square in zip(layers, samples, rotations, squares, strict=True):
-        found.append(channels_of(attention, own, turned))
-        found[-1].fisher = square / learned if learned else None
-        if not is_finite(found[-1].samples):
-            raise ValueError("the model's latents are not finite on the calibration text: no code holds them")
-    return found
-
-
-def run(model: Any, ids: torch.Tensor, gradients: bool) -> None:
-    """One pass over ids [1, S], and the next-token loss's gradients where they are wanted."""
-    ids = known_ids(model, ids).to(model.device)
-    with torch.set_grad_enabled(gradients):
-        if not gradients:
-            model.base_model(input_ids=ids, use_cache=False)
-            return
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        (loss * (ids.shape[1] - 1)).backward()
-
-
-@contextmanager
-def recording(layers: list[tuple[int, Any]], gradients: bool) -> Iterator[list[tuple[torch.Tensor, Rotation]]]:
-    """Lists channels [1, 1, S, n] and rotation of every layer, unquantised, with gradients once there are any."""
-    found: list[tuple[torch.Tensor, Rotation]] = []
-
-    def record(attention: Any) -> Callable[..., Any]:
-        def quantize(latent: torch.Tensor, k_rot: torch.Tensor, rotation: Rotation, *_: Any) -> Any:
-            sizes = [attention.kv_lora_rank, attention.rope_dim, k_rot.shape[-1] - attention.rope_dim]
-            channels = torch.cat((latent, k_rot[..., : attention.rope_dim]), -1)
-            if gradients:
-                channels.requires_grad_(True) if channels.is_leaf else channels.retain_grad()
-            found.append((channels, rotation))
-            latent, own, rest = torch.cat((channels, k_rot[..., attention.rope_dim :]), -1).split(sizes, -1)
-            return latent, torch.cat((own, rest), -1)
-
-        return quantize
-
-    for _, attention in layers:
-        attention.quantize = record(attention)
-    try:
-        yield found
-    finally:
-        for _, attention in layers:
-            del attention.quantize
-
-
-def channels_of(attention: Any, samples: list[torch.Tensor], rotations: list[Rotation]) -> Channels:
-    """Samples with rotated keys as differences from their rotated mean."""
-    rank, heads, size = attention.kv_lora_rank, attention.num_rope_heads, attention.qk_rope_head_dim
-    keys = [own[:, rank:].unflatten(-1, (heads, size)) for own in samples]
-    # Not every rotation keeps lengths: YaRN and LongRoPE have a factor on cos and sin.
-    lengths = [(cos.square() + sin.square()).float() for cos, sin in rotations]
-    still = [
-        rotate(key, cos, -sin) / length.repeat(1, 1, 2)
-        for key, (cos, sin), length in zip(keys, rotations, lengths, strict=True)
-    ]
-    mean = torch.cat(still).mean(0)
-    differences = [
-        torch.cat((own[:, :rank], own[:, rank:] - rotate(mean, cos, sin).flatten(1)), -1)
-        for own, (cos, sin) in zip(samples, rotations, strict=True)
-    ]
-    return Channels(torch.cat(differences), mean)
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ from mha2mla import (
     reconstruct,
     resolve_options,
 )
-from mha2mla.bits import TOKENS
+from mha2mla.channels import TOKENS
 from mha2mla.compare import Comparison, compare
 from mha2mla.families import attention_layers, family_of, latent_layers
 from mha2mla.reconstruct import LayerFit

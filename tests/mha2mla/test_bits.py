@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig
 
 from mha2mla import ConversionOptions, collect_statistics, convert, resolve_options
-from mha2mla.bits import CHOICES, allocate, choose_format, fit, fit_tables, observe, set_format, turn_latents
+from mha2mla.bits import CHOICES, allocate, choose_format, fit, fit_tables, set_format, turn_latents
+from mha2mla.channels import observe
 from mha2mla.families import latent_layers
 from mha2mla.modeling.cache_format_mla import layer_bytes, layer_format
 from tests.tiny import FAMILIES, tiny_model
