@@ -18,11 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-from result_tables import cache, conversion, healing, support, tasks  # noqa: E402
+from result_tables import budget, cache, conversion, healing, support, tasks  # noqa: E402
 from result_tables.common import RESULTS  # noqa: E402
 
 TABLES: dict[str, Callable[[], str]] = {
     "default_run": tasks.default_run,
+    "budget": budget.budget,
     "methods": conversion.methods,
     "ingredients": conversion.ingredients,
     "healing": healing.healing,

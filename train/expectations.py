@@ -1,7 +1,7 @@
 """What a cut of the cache in bytes costs, as it was measured: converted and healed, and by quantising the original.
 
-Read from docs/results/frontier.json, which `python -m eval.sweep` wrote (its `sweep.json`). Between measured cuts
-losses are read off linearly in the logarithm of the bytes that stay; beyond them nothing is said.
+Read from docs/results/budget.json. Between measured cuts losses are read off linearly in the logarithm of the bytes that
+stay; beyond them nothing is said.
 """
 
 import json
@@ -11,7 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-MEASURED = Path(__file__).parents[1] / "docs" / "results" / "frontier.json"
+MEASURED = Path(__file__).parents[1] / "docs" / "results" / "budget.json"
+NEAR = 0.005  # cuts that differ by no more are the same
 Point = tuple[float, str, float, float]  # reduction, name, change of perplexity, KL to the original in nats
 
 
@@ -25,8 +26,8 @@ class Expectation:
 
 
 def expected(reduction: float) -> dict[str, Any]:
-    """Of a cut in bytes: `converted` and `original` (quantised), each an `Expectation` or None where nothing that small
-    was measured, and `advice`, a sentence."""
+    """Of a cut in bytes: `converted` and `original` (quantised), each an `Expectation` or None where nothing was measured,
+    and `advice`, a sentence."""
     points = measured_points()
     converted = at_cut([each for each in points if each[1] == "converted"], reduction)
     methods = {name.partition("-")[0] for _, name, _, _ in points} - {"converted"}
@@ -45,31 +46,23 @@ def advice(converted: Expectation | None, original: Expectation | None) -> str:
 
 
 def measured_points() -> list[Point]:
-    """Every measured point; none where the file is missing, as in an installed package."""
+    """Every point whose KL was measured; none where the file is missing, as in an installed package."""
     if not MEASURED.exists():
         return []
-    found: dict[tuple[str, float], Point] = {}
-    for point in json.loads(MEASURED.read_text())["points"]:
-        text = next(name.split("/")[1] for name in point if name.startswith("kl/"))
-        whole, size = point[f"perplexity/{text}/original"], point["cache_bytes_per_token/original"]
-        names = [name.rpartition("/")[2] for name in point if name.startswith(f"kl/{text}/")]
-        for name in names:
-            if name == "converted" or name.startswith("healed-"):
-                continue
-            shown = "converted" if name == "healed" else name
-            cut = 1 - point[f"cache_bytes_per_token/{name}"] / size
-            losses = point[f"perplexity/{text}/{name}"] / whole - 1, point[f"kl/{text}/{name}"]
-            found[shown, round(cut, 4)] = (cut, shown, *losses)
-    return sorted(found.values())
+    rows = [row for row in json.loads(MEASURED.read_text())["rows"] if row["kl_divergence"] is not None]
+    return sorted(
+        (row["reduction"], row["name"], row["perplexity"] / row["original_perplexity"] - 1, row["kl_divergence"])
+        for row in rows
+    )
 
 
 def at_cut(points: list[Point], reduction: float) -> Expectation | None:
-    """One method's loss at a cut: of the smallest cut measured that is as large, or between two."""
+    """One method's loss at a cut, as measured there or between two that were; None elsewhere."""
     for one, other in pairwise(points):
         if one[0] <= reduction <= other[0]:
             span = math.log((1 - other[0]) / (1 - one[0]))
             share = math.log((1 - reduction) / (1 - one[0])) / span if span else 0.0
             perplexity, kl = (one[2] + share * (other[2] - one[2]), one[3] + share * (other[3] - one[3]))
             return Expectation(perplexity, kl, one[1] if share < 0.5 else other[1])
-    larger = [point for point in points if point[0] >= reduction - 0.002]
-    return Expectation(larger[0][2], larger[0][3], larger[0][1]) if larger else None
+    near = [point for point in points if abs(point[0] - reduction) <= NEAR]
+    return Expectation(near[0][2], near[0][3], near[0][1]) if near else None

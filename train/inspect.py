@@ -208,8 +208,8 @@ def show(found: dict[str, Any], console: Console) -> None:
 def print_formats(formats: list[dict[str, Any]], console: Console) -> None:
     """The same cuts in bytes with a cache format, and their measured losses."""
     table = Table(box=None, pad_edge=False)
-    for column in ("cut in bytes", "R + r", "bits", "healed", "original quantised", "advice"):
-        table.add_column(column, justify="left" if column == "advice" else "right")
+    for column in ("cut in bytes", "R + r", "bits", "healed", "original, few bits", "less KL"):
+        table.add_column(column, justify="left" if column == "less KL" else "right")
     for row in formats:
         cut = f"-{100 * row['reduction']:.2f} %"
         if "impossible" in row:
@@ -217,11 +217,12 @@ def print_formats(formats: list[dict[str, Any]], console: Console) -> None:
             continue
         losses = [loss_words(row["measured"][side]) for side in ("converted", "original")]
         sizes = f"{row['rope_dim']} + {row['kv_lora_rank']}"
-        table.add_row(cut, sizes, f"{row['bits_per_channel']:.1f}", *losses, row["advice"])
+        advice = row["advice"].replace("quantise the original: ", "original, ")
+        table.add_row(cut, sizes, f"{row['bits_per_channel']:.1f}", *losses, advice)
     console.print()
     console.print(table)
     console.print(
-        "Perplexity and KL to the original as measured on SmolLM2-135M-Instruct (docs/results/frontier.json): an order "
+        "Perplexity and KL to the original as measured on SmolLM2-135M-Instruct (docs/results/budget.json): an order "
         "of magnitude for other models.",
         highlight=False,
     )

@@ -9,12 +9,13 @@ def budget() -> str:
     rows = []
     for row in found["rows"]:
         change = row["perplexity"] / row["original_perplexity"] - 1
-        cells = [row["name"], f"{-100 * row['reduction']:.1f} %", number(row["perplexity"]), f"{100 * change:+.1f} %"]
-        rows.append([*cells, f"{row['kl_divergence']:.3f}"])
+        cells = [row["label"], f"{-100 * row['reduction']:.1f} %", number(row["perplexity"]), f"{100 * change:+.1f} %"]
+        rows.append([*cells, "" if row["kl_divergence"] is None else f"{row['kl_divergence']:.3f}"])
+    text, whole = found["text"], number(found["original_perplexity"])
     note = (
-        f"{found['model']}, {found['text']['windows']} windows of {found['text']['sequence_length']} tokens of "
-        f"WikiText-2's test text, one forward a window, {found['text']['dtype']}, original "
-        f"{number(found['original_perplexity'])}; cut of a cache of 4,096 tokens, scales and first tokens counted; "
+        f"{found['model']}, {text['windows']} windows of {text['sequence_length']} tokens of WikiText-2's test text, "
+        f"one forward a window, {text['dtype']}, original {whole} (kivi: the first 8 windows alone, whose original has "
+        "30.15); cut of a cache of 4,096 tokens, scales and first tokens counted; "
         f"{where(found['provenance'])}. `docs/results/budget.json`"
     )
     return table(["", "cache", "perplexity", "change", "KL"], rows) + "\n\n" + note
