@@ -1,7 +1,7 @@
 """What a cut of the cache in bytes costs, as it was measured: converted and healed, and by quantising the original.
 
-Read from docs/results/budget.json. Between measured cuts losses are read off linearly in the logarithm of the bytes that
-stay; beyond them nothing is said.
+Read from docs/results/budget.json. Between measured cuts losses are read off linearly in the logarithm of the bytes
+that stay; beyond them nothing is said.
 """
 
 import json
@@ -26,8 +26,8 @@ class Expectation:
 
 
 def expected(reduction: float) -> dict[str, Any]:
-    """Of a cut in bytes: `converted` and `original` (quantised), each an `Expectation` or None where nothing was measured,
-    and `advice`, a sentence."""
+    """Of a cut in bytes: `converted` and `original` (quantised), each an `Expectation` or None where nothing was
+    measured, and `advice`, a sentence."""
     points = measured_points()
     converted = at_cut([each for each in points if each[1] == "converted"], reduction)
     methods = {name.partition("-")[0] for _, name, _, _ in points} - {"converted"}

@@ -208,7 +208,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 def print_formats(formats: list[dict[str, Any]], console: Console) -> None:
     """The same cuts in bytes with a cache format, and their measured losses."""
     table = Table(box=None, pad_edge=False)
-    for column in ("cut in bytes", "R + r", "bits", "healed", "original, few bits", "less KL"):
+    for column in ("cut in bytes", "R + r", "bits", "healed", "quantised", "less KL"):
         table.add_column(column, justify="left" if column == "less KL" else "right")
     for row in formats:
         cut = f"-{100 * row['reduction']:.2f} %"
@@ -217,7 +217,7 @@ def print_formats(formats: list[dict[str, Any]], console: Console) -> None:
             continue
         losses = [loss_words(row["measured"][side]) for side in ("converted", "original")]
         sizes = f"{row['rope_dim']} + {row['kv_lora_rank']}"
-        advice = row["advice"].replace("quantise the original: ", "original, ")
+        advice = row["advice"].replace("quantise the original: ", "")
         table.add_row(cut, sizes, f"{row['bits_per_channel']:.1f}", *losses, advice)
     console.print()
     console.print(table)
