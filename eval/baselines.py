@@ -7,7 +7,6 @@
 A name says how a model is loaded and which cache it is measured through (`Variant`).
 """
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from conf.schema import Config
 from data.calibration import calibration_batches
 from eval.generate import NewCache
 from eval.variants import Variant
-from mha2mla import ConversionOptions, collect_statistics, convert
+from mha2mla import ConversionOptions, KiviCache, collect_statistics, convert
 
 
 def baseline(name: str, original: Variant, config: Config, tokenizer: Any) -> Variant:
@@ -46,7 +45,7 @@ def check_baselines(names: Iterable[str], config: Any) -> None:
 
 def kivi_cache(bits: int) -> NewCache:
     """An empty `KiviCache` of so many bits for a model."""
-    return lambda model: importlib.import_module("mha2mla").KiviCache(model.config, bits=bits)
+    return lambda model: KiviCache(model.config, bits=bits)
 
 
 def transform_coder(model: Any, tokenizer: Any, bits: float, batches: Iterable[torch.Tensor]) -> Any:

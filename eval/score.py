@@ -6,7 +6,6 @@ very inputs is not computed again, and batches of a task wait in `<task>.part`, 
 batch it was at.
 """
 
-import gc
 import json
 import time
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
 from conf.progress import Progress
@@ -26,6 +24,7 @@ from eval.inputs import Inputs, TaskInputs, TextInputs
 from eval.perplexity import perplexity
 from eval.tasks import Task
 from eval.variants import Variant
+from mha2mla.memory import hand_back
 
 
 def score_model(
@@ -71,7 +70,7 @@ def score_model(
             found = score_benchmark(variant, model, suite, benchmark, inputs.tokenizer, batch_size)
             write_json(file, found | on)
         del model
-        release(device)
+        hand_back(device)
     return {
         "path": variant.path,
         "revision": variant.revision,
@@ -82,13 +81,6 @@ def score_model(
         "tasks": {each.task.name: json.loads(file.read_text()) for each, file in tasks},
         "benchmarks": {each: json.loads(file.read_text()) for each, file in benchmarks},
     }
-
-
-def release(device: str) -> None:
-    """Give back the memory of what is no longer referred to."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def is_done(file: Path, digest: str, version: str | None = None, on: dict[str, str] | None = None) -> bool:
@@ -114,7 +106,7 @@ def score_texts(
     for text, file in texts:
         write_json(file, score_text(model, text, progress, reference, variant.new_cache) | on)
     del reference
-    release(model.device.type)
+    hand_back(model.device)
 
 
 def score_text(

@@ -16,6 +16,7 @@ from mha2mla.channels import Channels, observe
 from mha2mla.families import latent_layers
 from mha2mla.modeling.cache_format_mla import CacheTables, LayerFormat, layer_format, run_lengths
 from mha2mla.options import RUN, SINKS
+from mha2mla.quantization import best_range, extent
 
 CHOICES = (0, 1, 2, 3, 4, 6, 8)
 RIDGE = 1.0  # of the mean sensitivity, added to all directions that few tokens cannot tell apart
@@ -45,10 +46,11 @@ def choose_format(
     found = observe(model, batches, gradients=bits is None or turn, on_tokens=on_tokens)
     if turn:
         turn_latents(model, found)
-    chosen = [[bits] * layer.samples.shape[1] for layer in found] if bits is not None else None
-    if chosen is None:
+    if bits is None:
         assert budget is not None, "choose_format takes a budget or a number of bits"
         chosen = allocate(model, found, budget, importance, scales)
+    else:
+        chosen = [[bits] * layer.samples.shape[1] for layer in found]
     set_format(model, chosen, scales, residual_length)
     fit_tables(model, found)
     return found
@@ -138,23 +140,13 @@ def fit(samples: torch.Tensor, bits: int, scales: str = "table") -> tuple[torch.
     mean, spread = samples.mean(0), samples.std(0, unbiased=False).clamp_min(1e-8)
     if bits == 0:
         return mean, torch.ones_like(mean), samples.var(0, unbiased=False)
-    low, high = samples.amin(0), samples.amax(0)
-    middle, half = (low + high) / 2, ((high - low) / 2).clamp_min(1e-8)
-    levels = 2**bits - 1
-    ranges = [(middle, half * (1 - step / 12)) for step in range(12)] if bits > 2 else []
-    ranges += [(mean, spread * reach) for reach in (0.8, 1.0, 1.2, 1.5, 1.8, 2.2, 2.6, 3.0, 3.5, 4.0)]
+    middle, half = extent(samples)
+    candidates = [(middle, half * (1 - step / 12)) for step in range(12)] if bits > 2 else []
+    candidates += [(mean, spread * reach) for reach in (0.8, 1.0, 1.2, 1.5, 1.8, 2.2, 2.6, 3.0, 3.5, 4.0)]
     if scales == "token":
-        ranges = [(mean, spread * 2.5)]  # every token's own factor does the rest
-    best = torch.full_like(mean, torch.inf)
-    minimum, scale = mean, spread
-    for centre, reach in ranges:
-        start, step = centre - reach, 2 * reach / levels
-        codes = ((samples - start) / step).round_().clamp_(0, levels)
-        error = (start + step * codes - samples).square_().mean(0)
-        better = error < best
-        best = torch.where(better, error, best)
-        minimum, scale = torch.where(better, start, minimum), torch.where(better, step, scale)
-    return minimum, scale, best
+        candidates = [(mean, spread * 2.5)]  # every token's own factor does the rest
+    found, error = best_range(samples, candidates, bits)
+    return found.low, found.scale, error
 
 
 def allocate(
@@ -223,7 +215,7 @@ def fisher(_model: Any, found: list[Channels]) -> list[torch.Tensor]:
 
 def energy(_model: Any, found: list[Channels]) -> list[torch.Tensor]:
     """All errors alike."""
-    return [torch.ones_like(layer.key_mean.new_zeros(layer.samples.shape[1])) for layer in found]
+    return [layer.key_mean.new_ones(layer.samples.shape[1]) for layer in found]
 
 
 IMPORTANCE = {"fisher": fisher, "energy": energy}

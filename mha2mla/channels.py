@@ -50,23 +50,22 @@ def observe(
     training, model_gradients = model.training, [parameter.requires_grad for parameter in model.parameters()]
     model.eval().requires_grad_(False)
     try:
-        for batch in batches:
-            for ids in batch.split(1):
-                if seen >= TOKENS:
-                    break
-                wanted = gradients and learned < GRADIENTS
-                with recording(layers, wanted) as states:
-                    run(model, ids, wanted)
-                for place, (channels, (cos, sin)) in enumerate(states):
-                    samples[place].append(channels.detach()[0, 0, SINKS:].float())
-                    rotations[place].append((cos[0, SINKS:], sin[0, SINKS:]))
-                    if channels.grad is not None:
-                        gradient = channels.grad[0, 0, SINKS:].float()
-                        squares[place] = squares[place] + gradient.T @ gradient
-                seen += ids.numel()
-                learned += wanted * (ids.numel() - SINKS)
-                if on_tokens:
-                    on_tokens(ids.numel())
+        for ids in (ids for batch in batches for ids in batch.split(1)):
+            if seen >= TOKENS:
+                break
+            wanted = gradients and learned < GRADIENTS
+            with recording(layers, wanted) as states:
+                run(model, ids, wanted)
+            for place, (channels, (cos, sin)) in enumerate(states):
+                samples[place].append(channels.detach()[0, 0, SINKS:].float())
+                rotations[place].append((cos[0, SINKS:], sin[0, SINKS:]))
+                if channels.grad is not None:
+                    gradient = channels.grad[0, 0, SINKS:].float()
+                    squares[place] = squares[place] + gradient.T @ gradient
+            seen += ids.numel()
+            learned += wanted * (ids.numel() - SINKS)
+            if on_tokens:
+                on_tokens(ids.numel())
     finally:
         model.train(training)
         for parameter, before in zip(model.parameters(), model_gradients, strict=True):
@@ -100,12 +99,12 @@ def recording(layers: list[tuple[int, Any]], gradients: bool) -> Iterator[list[t
 
     def record(attention: Any) -> Callable[..., Any]:
         def quantize(latent: torch.Tensor, k_rot: torch.Tensor, rotation: Rotation, *_: Any) -> Any:
-            sizes = [attention.kv_lora_rank, attention.rope_dim, k_rot.shape[-1] - attention.rope_dim]
-            channels = torch.cat((latent, k_rot[..., : attention.rope_dim]), -1)
+            own, rest = k_rot[..., : attention.rope_dim], k_rot[..., attention.rope_dim :]
+            channels = torch.cat((latent, own), -1)
             if gradients:
                 channels.requires_grad_(True) if channels.is_leaf else channels.retain_grad()
             found.append((channels, rotation))
-            latent, own, rest = torch.cat((channels, k_rot[..., attention.rope_dim :]), -1).split(sizes, -1)
+            latent, own = channels.split([attention.kv_lora_rank, attention.rope_dim], -1)
             return latent, torch.cat((own, rest), -1)
 
         return quantize

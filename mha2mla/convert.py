@@ -15,7 +15,7 @@ from mha2mla.bits import IMPORTANCE, choose_format
 from mha2mla.families import attention_layers, family_of, geometry_of, latent_layers
 from mha2mla.finite import check_weights
 from mha2mla.layer import LayerReport, convert_layer, cut_layer
-from mha2mla.modeling.cache_format_mla import layer_bytes, layer_format
+from mha2mla.modeling.cache_format_mla import format_bytes, mean_bits
 from mha2mla.options import PER_HEAD, ConversionOptions, Geometry
 from mha2mla.self_check import self_check
 from mha2mla.statistics import Statistics
@@ -177,13 +177,11 @@ def give_format(
 
 def with_format(report: ConversionReport, config: Any) -> ConversionReport:
     """A report with what the cache of a format holds."""
-    forms = [form for index in report.latent_layers if (form := layer_format(config, index)) is not None]
-    context, geometry = report.options.context, report.geometry
-    held = sum(layer_bytes(form, geometry.key_scales, context) for form in forms)
-    original = 2 * geometry.cache_size * context
-    untouched = config.num_hidden_layers - len(forms)
-    reduction = 1 - (held + untouched * original) / (config.num_hidden_layers * original)
-    return replace(report, reduction=reduction, bits=sum(sum(form.bits) for form in forms) / len(forms))
+    context, layers = report.options.context, config.num_hidden_layers
+    original = 2 * report.geometry.cache_size * context
+    untouched = layers - len(report.latent_layers)
+    reduction = 1 - (format_bytes(config, context) + untouched * original) / (layers * original)
+    return replace(report, reduction=reduction, bits=mean_bits(config))
 
 
 def conversion_report(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from mha2mla.quantization import pack, unpack
+from mha2mla.quantization import largest_divisor, pack, unpack
 
 BITS = (2, 3, 4)
 CHUNK = 64  # groups that are quantised at once: it takes many times the memory of their codes
@@ -101,7 +101,3 @@ def group_bytes(bits: int, group_size: int, head_dim: int) -> int:
     numbers = group_size * head_dim
     scales = head_dim + numbers // largest_divisor(head_dim, group_size)
     return 2 * numbers * bits // 8 + 2 * 2 * scales
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
 
 from mha2mla.kivi_groups import Groups
+from mha2mla.modeling.cache_rows_mla import PackedLayer, check_crop
 
 
-class KiviLayer(DynamicLayer):
+class KiviLayer(PackedLayer):
     """One layer: the first tokens, complete groups, then the latest tokens.
 
     A layer with a sliding window forgets a group when its last token leaves the window, and the first tokens together
@@ -131,8 +131,7 @@ class KiviLayer(DynamicLayer):
         Where that leaves a part of a packed group, its tokens stay as they were read and are rounded again when the
         group is complete again; after `activate_past_recording` no group is packed that could be cropped.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative one")
+        check_crop(tokens_to_remove)
         if not self.is_initialized:
             return
         if tokens_to_remove:
@@ -164,17 +163,3 @@ class KiviLayer(DynamicLayer):
         self.recent = [change(states) for states in self.recent]
         for groups in self.groups:
             groups.change_batch(change)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.change_batch(lambda states: states.index_select(0, beam_idx.to(states.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.change_batch(lambda states: states.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.change_batch(lambda states: states[indices.to(states.device)])
-
-    def offload(self) -> None:
-        raise NotImplementedError("a quantised cache is not offloaded: it is small; use offloading=False")
-
-    prefetch = offload

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from mha2mla import quantization
 from mha2mla.families import latent_layers
 from mha2mla.finite import is_finite
-from mha2mla.modeling.cache_rows_mla import Rows
+from mha2mla.modeling.cache_rows_mla import PackedLayer, Rows, check_crop
 from mha2mla.modeling.quantized_cache_mla import FormatCache
 from mha2mla.quantization import Coded, Range
 from mha2mla.token_ids import known_ids
@@ -162,7 +162,7 @@ class Joined:
         return first.dot(rows[..., :size]) + second.dot(rows[..., size:])
 
 
-class QuantizedLatentLayer(DynamicLayer):
+class QuantizedLatentLayer(PackedLayer):
     """One layer: `sinks` in full, then codes, then the latest tokens in full.
 
     Behind the rotated key's `rope_dim` numbers stand the scales of normed keys, if there are any: few, and all of a key
@@ -225,8 +225,7 @@ class QuantizedLatentLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, given as a negative number as transformers does."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative one")
+        check_crop(tokens_to_remove)
         if not self.is_initialized or not tokens_to_remove:
             return
         keep = max(0, self.get_seq_length() + tokens_to_remove)
@@ -245,25 +244,11 @@ class QuantizedLatentLayer(DynamicLayer):
                 for rows in store.rows.values():
                     rows.change_batch(change)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.change_batch(lambda states: states.index_select(0, beam_idx.to(states.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.change_batch(lambda states: states.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.change_batch(lambda states: states[indices.to(states.device)])
-
     def reset(self) -> None:
         self.sinks, self.recent, self.is_initialized = [], [], False
         for store in self.stores:
             for rows in store.rows.values():
                 rows.buffer, rows.length = None, 0
-
-    def offload(self) -> None:
-        raise NotImplementedError("a quantised latent cache is not offloaded: it is small; use offloading=False")
-
-    prefetch = offload
 
 
 class QuantizedLatentCache(FormatCache):
@@ -302,8 +287,8 @@ class QuantizedLatentCache(FormatCache):
                 layers.append(DynamicSlidingWindowLayer(sliding_window=config.sliding_window))
                 continue
             own = ranges[index] if ranges else None
-            group = group_size or largest_divisor(rank, 32)
-            rope_group = largest_divisor(rope_dim, group)
+            group = group_size or quantization.largest_divisor(rank, 32)
+            rope_group = quantization.largest_divisor(rope_dim, group)
             quantization.check(bits, rank, None if own else group, f"latent of {rank} (layer {index})")
             if rope_bits is not None:
                 quantization.check(rope_bits, rope_dim, None if own else rope_group, f"rotated key of {rope_dim}")
@@ -313,10 +298,6 @@ class QuantizedLatentCache(FormatCache):
             rope = Store(rope_bits, rope_group, own.rope if own and rope_bits is not None else None)
             layers.append(QuantizedLatentLayer(latent, rope, rope_dim, residual_length, sink_length))
         super().__init__(config, layers)
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
 
 
 @torch.no_grad()

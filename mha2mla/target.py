@@ -105,9 +105,8 @@ def converted_config(config: Any, options: ConversionOptions, attention: Any, ra
     rotated = options.rope_dim if one_key else options.rope_dim // geometry.num_kv_heads
     norms = {}
     if whole.norms is not None:
-        scales = options.cached(geometry).key_scales
         norms = {"qk_norm": True, "qk_norm_joint": whole.norms.joint, "qk_norm_eps": whole.norms.eps}
-        norms |= {"key_scales": scales}
+        norms["key_scales"] = options.cached(geometry).key_scales
     chosen = chosen_layers(config, options)
     return family.config_class(
         **kept

@@ -26,6 +26,7 @@ from conf.pretrained import load_tokenizer
 from conf.schema import Config, ExportForm, ExportStage
 from conf.stage import write_json
 from mha2mla.bits import clear_format
+from mha2mla.modeling.cache_format_mla import mean_bits
 from mha2mla.native import to_deepseek
 from mha2mla.served import to_served
 from train.checkpoint import appearing_in
@@ -60,11 +61,9 @@ def export_model(config: Config, plan: Plan, folder: Path) -> dict[str, Any]:
 
 def leave_format(model: Any) -> float | None:
     """Take a model's cache format away, which no engine's layout can say; returns its bits a token a layer, if any."""
-    form, numbers = model.config.cache_format, model.config.kv_lora_rank + model.config.rope_dim
-    if form is None:
+    if model.config.cache_format is None:
         return None
-    sums = [sum(bits * count for bits, count in layer) for layer in form["bits"] if layer is not None]
-    mean = sum(sums) / len(sums)
+    mean, numbers = mean_bits(model.config), model.config.kv_lora_rank + model.config.rope_dim
     clear_format(model)
     print(
         f"export: the cache format ({mean:.0f} bits a token a layer) is not carried over: engines keep all {numbers} "

@@ -127,13 +127,15 @@ def cache_format(config: Any, reduction: float) -> dict[str, Any]:
         return found | {"impossible": str(error)}
     channels = (options.rope_dim or 0) + (options.kv_lora_rank or 0)
     bits = options.channel_bits(geometry_of(config), channels) / channels
-    losses = {name: asdict(each) if each else None for name, each in expected(reduction).items() if name != "advice"}
+    measured = expected(reduction)
+    advice = measured.pop("advice")
+    losses = {name: asdict(each) if each else None for name, each in measured.items()}
     return found | {
         "rope_dim": options.rope_dim,
         "kv_lora_rank": options.kv_lora_rank,
         "bits_per_channel": bits,
         "measured": losses,
-        "advice": expected(reduction)["advice"],
+        "advice": advice,
     }
 
 

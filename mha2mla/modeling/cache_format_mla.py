@@ -86,6 +86,18 @@ def layer_format(config: Any, index: int) -> LayerFormat | None:
     return LayerFormat(bits, given["scales"], given["sink_length"], given["residual_length"], config.rope_dim)
 
 
+def layer_formats(config: Any) -> list[LayerFormat]:
+    """The formats of all layers that have one."""
+    forms = (layer_format(config, index) for index in range(config.num_hidden_layers))
+    return [form for form in forms if form is not None]
+
+
+def mean_bits(config: Any) -> float:
+    """Bits of a token's codes a layer, in the mean over the layers that have a format."""
+    forms = layer_formats(config)
+    return sum(sum(form.bits) for form in forms) / len(forms)
+
+
 def layer_bytes(form: LayerFormat, key_scales: int, context: int) -> int:
     """Bytes that one layer's cache holds for a sequence of `context` tokens: codes of all tokens but the latest; tokens
     that stay unquantised, and scales of keys, at two bytes a number."""
@@ -100,10 +112,10 @@ def format_bytes(config: Any, context: int) -> int:
     What the cache keeps beside its layers, cosine and sine of every position, is not in it: a table of the model's that
     all layers and sequences share, as serving engines have it. Raises ValueError for a model without a format.
     """
-    forms = [layer_format(config, index) for index in range(config.num_hidden_layers)]
-    if not any(forms):
+    forms = layer_formats(config)
+    if not forms:
         raise ValueError("the model has no cache format: its cache holds r + R numbers a token a layer")
-    return sum(layer_bytes(form, config.key_scales, context) for form in forms if form is not None)
+    return sum(layer_bytes(form, config.key_scales, context) for form in forms)
 
 
 def run_lengths(bits: list[int]) -> list[list[int]]:

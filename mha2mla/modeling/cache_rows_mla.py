@@ -3,14 +3,44 @@
 Shapes: B batch, T cached tokens, S new tokens, F rotary frequencies, N rotated keys of P numbers, R = N * P, Q rows.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 
 from .attention_mla import rotate
 
 STEP = 256  # tokens that a buffer grows by: a decoded token writes itself and copies nothing
+
+
+class PackedLayer(DynamicLayer):
+    """What layers of quantised caches share: all that reorders, repeats or selects the sequences of a batch."""
+
+    @abstractmethod
+    def change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a change of the first dimension to everything that is held."""
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.change_batch(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change_batch(lambda states: states.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.change_batch(lambda states: states[indices.to(states.device)])
+
+    def offload(self) -> None:
+        raise NotImplementedError("a quantised cache is not offloaded: it is small; use offloading=False")
+
+    prefetch = offload
+
+
+def check_crop(tokens_to_remove: int) -> None:
+    """ValueError where the number of tokens to forget is not given as transformers gives it."""
+    if tokens_to_remove > 0:
+        raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative one")
 
 
 class Rows:

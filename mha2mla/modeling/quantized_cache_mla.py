@@ -17,7 +17,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache_format_mla import CacheTables, LayerFormat, layer_format, place_of
-from .cache_rows_mla import MeanKeys, Rows, Starts, Turns
+from .cache_rows_mla import MeanKeys, PackedLayer, Rows, Starts, Turns, check_crop
 from .packed_states_mla import Meaning, Packed
 
 CHUNK = 2048  # tokens that are encoded at once: it takes many times the memory of their codes
@@ -49,7 +49,7 @@ class Reading:
         return codes, factors
 
 
-class FormatLayer(DynamicLayer):
+class FormatLayer(PackedLayer):
     """One layer's tokens."""
 
     reading: Reading
@@ -190,8 +190,7 @@ class FormatLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, given as a negative number as transformers does."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative one")
+        check_crop(tokens_to_remove)
         self.length = max(0, self.length + tokens_to_remove)
         for rows in self.rows():
             rows.length = min(rows.length, self.length)
@@ -207,22 +206,8 @@ class FormatLayer(DynamicLayer):
         self.first, self.recent = ([change(own) for own in states] for states in (self.first, self.recent))
         self.starts.change_batch(change)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.change_batch(lambda states: states.index_select(0, beam_idx.to(states.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.change_batch(lambda states: states.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.change_batch(lambda states: states[indices.to(states.device)])
-
     def reset(self) -> None:
         self.clear()
-
-    def offload(self) -> None:
-        raise NotImplementedError("a quantised latent cache is not offloaded: it is small; use offloading=False")
-
-    prefetch = offload
 
 
 class States:
