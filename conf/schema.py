@@ -108,7 +108,7 @@ class ModelConfig:
 class MLAConfig:
     """What the converted attention looks like; the fields of `mha2mla.ConversionOptions`."""
 
-    rope: str = "partial"  # or full: keys rotate when they are made from the latent; exact at full rank, slow to decode
+    rope: str = "partial"  # latent: what rotates is made from the latent, nothing else cached; full: so are all keys
     rope_dim: int | None = None  # R: rotated numbers a token a layer; default: an eighth of the keys
     kv_lora_rank: int | None = None  # r: size of the latent; default: what `reduction` leaves after R
     # Wanted cut of the KV cache in bytes; default 0.875, and 0.6875 with bits=16, where it excludes kv_lora_rank.
@@ -126,7 +126,7 @@ class MLAConfig:
     context: int = 4096  # tokens of the cache whose bytes `reduction` cuts; read where bits are fewer than 16
     cache_scales: str = "table"  # of codes: calibrated for good, or `token`: a factor of every token's beside them
     residual_length: int = 0  # latest tokens that stay unquantised
-    importance: str = "fisher"  # how bits=auto tells what a channel is worth: a name of mha2mla/bits.py
+    importance: str = "fisher"  # how bits=auto tells what a channel is worth: a name of mha2mla/importance.py
     latent_basis: str = "loss"  # of a latent in few bits, or `factors`: as low_rank leaves it
     reconstruction_steps: int = 0  # a layer, on the calibration text, after the closed form (mha2mla/reconstruct.py)
     # Relative to the root mean square of every weight; where each layer's search for its own rate begins.

@@ -14,9 +14,10 @@ import torch
 
 from mha2mla.channels import Channels, observe
 from mha2mla.families import latent_layers
+from mha2mla.importance import IMPORTANCE
 from mha2mla.modeling.cache_format_mla import CacheTables, LayerFormat, layer_format, run_lengths
 from mha2mla.options import RUN, SINKS
-from mha2mla.quantization import best_range, extent
+from mha2mla.quantization import fit
 
 CHOICES = (0, 1, 2, 3, 4, 6, 8)
 RIDGE = 1.0  # of the mean sensitivity, added to all directions that few tokens cannot tell apart
@@ -36,19 +37,20 @@ def choose_format(
     """Give a converted model a cache format, in place, with tables fitted to text.
 
     batches: input_ids [B, S] without padding.
-    budget: bits of a token over all layers, which `importance`, a name of IMPORTANCE, shares out; or `bits`: of every
-        channel.
+    budget: bits of a token over all layers, which `importance`, a name of `mha2mla.importance.IMPORTANCE`, shares out;
+        or `bits`: of every channel.
     turn: give latents the loss's basis first.
     Returns what was seen of every latent layer.
     Raises ValueError without text, and where latents are not finite.
     """
     clear_format(model)
+    batches = list(batches)
     found = observe(model, batches, gradients=bits is None or turn, on_tokens=on_tokens)
     if turn:
         turn_latents(model, found)
     if bits is None:
         assert budget is not None, "choose_format takes a budget or a number of bits"
-        chosen = allocate(model, found, budget, importance, scales)
+        chosen = allocate(model, found, budget, IMPORTANCE[importance](model, found, batches), scales)
     else:
         chosen = [[bits] * layer.samples.shape[1] for layer in found]
     set_format(model, chosen, scales, residual_length)
@@ -131,32 +133,14 @@ def turn_latents(model: Any, found: list[Channels]) -> None:
         layer.fisher = (mixed.T @ layer.fisher.double() @ mixed).float()
 
 
-def fit(samples: torch.Tensor, bits: int, scales: str = "table") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """minimum, scale and mean squared error [n] of the codes that lose least of samples [N, n].
-
-    Candidates: the samples' own range, narrower ones about its middle, since a few outliers are better clipped than all
-    others rounded coarsely, and multiples of the standard deviation about the mean.
-    """
-    mean, spread = samples.mean(0), samples.std(0, unbiased=False).clamp_min(1e-8)
-    if bits == 0:
-        return mean, torch.ones_like(mean), samples.var(0, unbiased=False)
-    middle, half = extent(samples)
-    candidates = [(middle, half * (1 - step / 12)) for step in range(12)] if bits > 2 else []
-    candidates += [(mean, spread * reach) for reach in (0.8, 1.0, 1.2, 1.5, 1.8, 2.2, 2.6, 3.0, 3.5, 4.0)]
-    if scales == "token":
-        candidates = [(mean, spread * 2.5)]  # every token's own factor does the rest
-    found, error = best_range(samples, candidates, bits)
-    return found.low, found.scale, error
-
-
 def allocate(
-    model: Any, found: list[Channels], budget: float, importance: str = "fisher", scales: str = "table"
+    model: Any, found: list[Channels], budget: float, weights: list[torch.Tensor], scales: str = "table"
 ) -> list[list[int]]:
     """Bits of every layer's channels, at most `budget` a token over all layers, in runs that fill bytes.
 
+    weights: what an error in each channel counts, [n] of every layer (mha2mla/importance.py).
     Raises ValueError for a budget that leaves nothing.
     """
-    weights = IMPORTANCE[importance](model, found)
     costs = []
     for (_, attention), layer, weight in zip(latent_layers(model), found, weights, strict=True):
         errors = torch.stack([fit(layer.samples[:4096], bits)[2] for bits in CHOICES], -1)
@@ -206,16 +190,3 @@ def in_runs(bits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         count = min(len(bits), (count + RUN // 2) // RUN * RUN) if len(bits) >= RUN else count
         rounded[order[:count]] = least
     return rounded
-
-
-def fisher(_model: Any, found: list[Channels]) -> list[torch.Tensor]:
-    """How much the loss minds an error in a channel, by its gradients on text."""
-    return [layer.fisher.diagonal() for layer in found if layer.fisher is not None]
-
-
-def energy(_model: Any, found: list[Channels]) -> list[torch.Tensor]:
-    """All errors alike."""
-    return [layer.key_mean.new_ones(layer.samples.shape[1]) for layer in found]
-
-
-IMPORTANCE = {"fisher": fisher, "energy": energy}

@@ -40,8 +40,10 @@ def observe(
     batches: Iterable[torch.Tensor],
     gradients: bool = True,
     on_tokens: Callable[[int], None] | None = None,
+    objective: str = "loss",
 ) -> list[Channels]:
-    """What every latent layer of a model caches on text, and how much the loss minds."""
+    """What every latent layer of a model caches on text, and how much the objective minds: the model's `loss`, or the
+    `output` of every layer's own attention."""
     layers = latent_layers(model)
     samples: list[list[torch.Tensor]] = [[] for _ in layers]
     rotations: list[list[Rotation]] = [[] for _ in layers]
@@ -54,8 +56,8 @@ def observe(
             if seen >= TOKENS:
                 break
             wanted = gradients and learned < GRADIENTS
-            with recording(layers, wanted) as states:
-                run(model, ids, wanted)
+            with recording(layers, wanted) as states, alone(layers, seen, objective == "output") as outputs:
+                run(model, ids, wanted, outputs)
             for place, (channels, (cos, sin)) in enumerate(states):
                 samples[place].append(channels.detach()[0, 0, SINKS:].float())
                 rotations[place].append((cos[0, SINKS:], sin[0, SINKS:]))
@@ -81,15 +83,46 @@ def observe(
     return found
 
 
-def run(model: Any, ids: torch.Tensor, gradients: bool) -> None:
-    """One pass over ids [1, S], and the next-token loss's gradients where they are wanted."""
+def run(model: Any, ids: torch.Tensor, gradients: bool, outputs: list[torch.Tensor] | None) -> None:
+    """One pass over ids [1, S], and where they are wanted gradients: of the next-token loss, or of random projections
+    of `outputs`, which the pass fills."""
     ids = known_ids(model, ids).to(model.device)
     with torch.set_grad_enabled(gradients):
         if not gradients:
             model.base_model(input_ids=ids, use_cache=False)
-            return
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        (loss * (ids.shape[1] - 1)).backward()
+        elif outputs is None:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            (loss * (ids.shape[1] - 1)).backward()
+        else:
+            model.base_model(input_ids=ids, use_cache=False)
+            torch.stack(outputs).sum().backward()
+
+
+@contextmanager
+def alone(layers: list[tuple[int, Any]], seed: int, wanted: bool) -> Iterator[list[torch.Tensor] | None]:
+    """Lists a random projection of every layer's attention output, whose gradients stay in the layer."""
+    if not wanted:
+        yield None
+        return
+    generator = torch.Generator().manual_seed(seed)
+    found: list[torch.Tensor] = []
+
+    def cut_off(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if inputs:  # GPT-NeoX
+            return (inputs[0].detach(), *inputs[1:]), named
+        return inputs, named | {"hidden_states": named["hidden_states"].detach()}
+
+    def project(_module: Any, _inputs: Any, result: Any) -> None:
+        probe = torch.randn(result[0].shape, generator=generator).to(result[0])
+        found.append((result[0] * probe).sum())
+
+    hooks = [each.register_forward_pre_hook(cut_off, with_kwargs=True) for _, each in layers]
+    hooks += [each.register_forward_hook(project) for _, each in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

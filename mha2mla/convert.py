@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from mha2mla import allocation, basis, low_rank, partial_rope
-from mha2mla.bits import IMPORTANCE, choose_format
+from mha2mla.bits import choose_format
 from mha2mla.families import attention_layers, family_of, geometry_of, latent_layers
 from mha2mla.finite import check_weights
+from mha2mla.importance import IMPORTANCE
 from mha2mla.layer import LayerReport, convert_layer, cut_layer
 from mha2mla.modeling.cache_format_mla import format_bytes, mean_bits
 from mha2mla.options import PER_HEAD, ConversionOptions, Geometry
@@ -83,7 +84,7 @@ def resolve_options(config: Any, options: ConversionOptions) -> ConversionOption
             "every key head has a norm of its own; use partial_rope=rotation-cost or one of the paper's"
         )
     chosen_layers(config, resolved)
-    if resolved.rope == "partial" and resolved.partial_rope not in partial_rope.NEEDS_CALIBRATION:
+    if resolved.rope != "full" and resolved.partial_rope not in partial_rope.NEEDS_CALIBRATION:
         assert resolved.rope_dim is not None
         partial_rope.STRATEGIES[resolved.partial_rope](partial_rope.Pairs(geometry, resolved.rope_dim // 2))
     return resolved
@@ -188,8 +189,7 @@ def conversion_report(
     config: Any, options: ConversionOptions, ranks: list[int], error: float, reports: list[LayerReport]
 ) -> ConversionReport:
     geometry, chosen = options.cached(geometry_of(config)), chosen_layers(config, options)
-    assert options.rope_dim is not None
-    beside, whole = options.rope_dim + geometry.key_scales, geometry.cache_size
+    beside, whole = options.cached_rope_dim + geometry.key_scales, geometry.cache_size
     sizes = [ranks[index] + beside if index in chosen else whole for index in range(config.num_hidden_layers)]
     size = sum(sizes) / len(sizes)
     return ConversionReport(options, geometry, size, whole, 1 - size / whole, error, reports, chosen)
@@ -203,7 +203,7 @@ def allocate(model: Any, options: ConversionOptions, calibration: Statistics | N
     if options.rank_allocation == "uniform":
         return ranks
     geometry, rotations, energies = geometry_of(model.config), rotations_of(model), []
-    full = geometry.full_rank(options.rope_dim)
+    full = geometry.full_rank(options.cached_rope_dim)
     for index in chosen:
         statistics = calibration.layers[index] if calibration else None
         stack = cut_layer(layers[index], geometry, options, rotations[index], statistics).stack

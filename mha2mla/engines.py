@@ -8,8 +8,9 @@ import torch
 def cache_obstacles(config: Any) -> list[str]:
     """What a converted model keeps that has no place in a cache of one latent and one rotated key a token and layer."""
     found = []
-    if config.rope_full:
-        found.append("keys that rotate after the latent (rope=full), which no engine's cache of latents has")
+    if config.rope_full or config.latent_rope_dim:
+        name = "full" if config.rope_full else "latent"
+        found.append(f"keys that rotate after the latent (rope={name}), which no engine's cache of latents has")
     if config.key_scales:
         found.append("norms on queries and keys, whose scales an engine's cache has no place for")
     if config.num_rope_heads != 1:

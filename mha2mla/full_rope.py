@@ -1,4 +1,4 @@
-"""Layers whose keys all lie un-rotated in the latent (rope=full): what is factored, and how the queries see its errors.
+"""Keys that lie un-rotated in the latent (rope=full, rope=latent): what is factored, and how queries see its errors.
 
 Shapes as in mha2mla/layer.py, with K = D and no rotated key.
 """

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mha2mla import full_rope, low_rank, normed
+from mha2mla import full_rope, latent_rope, low_rank, normed
 from mha2mla.options import ConversionOptions, Geometry
 from mha2mla.projections import Projections, read_projections
 from mha2mla.rotation import Rotation, choose_rotation
@@ -35,7 +35,8 @@ class LayerCut:
     """A layer before it is factored: what becomes the latent, and the state of all that does not.
 
     query [H * (K + P), d + 1]; down_rows [R, d]: rotated keys, which follow the latent in one projection.
-    key_size [G]: what the stack's keys are divided by, where it is not one.
+    key_size [G]: what the stack's keys are divided by, where it is not one. split_keys: what the latent's keys are cut
+    into, where one of them rotates.
     """
 
     stack: low_rank.Stack
@@ -43,6 +44,7 @@ class LayerCut:
     down_rows: torch.Tensor
     state: State
     key_size: torch.Tensor | None = None
+    split_keys: latent_rope.SplitKeys | None = None
 
 
 def cut_layer(
@@ -67,8 +69,8 @@ def cut_projections(
     assert options.kv_lora_rank is not None
     moment = None if statistics is None else input_moment(statistics)
     state: State
-    if options.rope == "full":
-        return cut_full_rope(whole, geometry, options, rotation, statistics, moment)
+    if options.rope != "partial":
+        return cut_late_rope(whole, geometry, options, rotation, statistics, moment)
     if whole.norms is None:
         parts = choose_rotation(whole.query, whole.key, geometry, options, rotation, statistics, moment)
         query = torch.cat((parts.query_rest, parts.query_rotated), dim=1).flatten(0, 1)
@@ -92,7 +94,7 @@ def cut_projections(
     return LayerCut(stack_of(key_rest, whole, options, moment, query_moment), query, down_rows, state)
 
 
-def cut_full_rope(
+def cut_late_rope(
     whole: Projections,
     geometry: Geometry,
     options: ConversionOptions,
@@ -101,15 +103,20 @@ def cut_full_rope(
     moment: torch.Tensor | None,
 ) -> LayerCut:
     """All keys and values in the stack, nothing beside it."""
-    parts = full_rope.cut(whole, geometry, options, rotation, moment)
     query_moment = None
     if statistics is not None and moment is not None:
         query_moment = statistics.query_moment
         if query_moment is None:
             query_moment = head_moments(whole.query, moment)
         query_moment = full_rope.seen_by_keys(by_group(query_moment, geometry.num_kv_heads), whole.norms, rotation)
+    beside = whole.key.new_zeros(0, geometry.hidden_size)
+    if options.rope == "latent":
+        query, state, split_keys = latent_rope.cut(whole, geometry, options, rotation, statistics, moment)
+        stack = stack_of(whole.key, whole, options, moment, query_moment)
+        return LayerCut(stack, query, beside, state, split_keys=split_keys)
+    parts = full_rope.cut(whole, geometry, options, rotation, moment)
     stack = stack_of(parts.key, whole, options, moment, query_moment)
-    return LayerCut(stack, parts.query, whole.key.new_zeros(0, geometry.hidden_size), parts.state, parts.key_size)
+    return LayerCut(stack, parts.query, beside, parts.state, parts.key_size)
 
 
 def stack_of(
@@ -150,11 +157,12 @@ def convert_layer(
     up_key_heads = up_key.unflatten(0, (groups, -1))
     if cut.key_size is not None:
         up_key_heads = up_key_heads * cut.key_size[:, None, None]
-    up_heads = torch.cat((up_key_heads, up_value.unflatten(0, (groups, -1))), dim=1)
+    key_rows, rotated_rows = (up_key_heads, up[:0]) if cut.split_keys is None else cut.split_keys(up_key_heads)
+    up_heads = torch.cat((key_rows, up_value.unflatten(0, (groups, -1))), dim=1)
 
     state = cut.state | query_state(cut.query[:, :-1], options.q_lora_rank, stack.input_moment)
     state["kv_a_proj_with_mqa.weight"] = torch.cat((down, cut.down_rows))
-    state["kv_b_proj.weight"] = up_heads.flatten(0, 1)
+    state["kv_b_proj.weight"] = torch.cat((up_heads.flatten(0, 1), rotated_rows))
     state["o_proj.weight"] = whole.output
     if whole.biased or whole.output_bias is not None:
         # A value bias comes through attention unchanged, since its weights sum to one: it belongs to the output.

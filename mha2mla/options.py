@@ -5,7 +5,7 @@ from typing import Any
 
 # Choices of pairs that keep as many of every key head.
 PER_HEAD = {"high", "low", "uniform", "2-norm"}
-ROPE = ("partial", "full")
+ROPE = ("partial", "latent", "full")
 ROPE_PARTIAL = ("partial_rope", "rope_basis", "frequency_folding", "expected_rotation")  # read where rope=partial
 LAYERS = ("all", "full-attention")
 BITS = (16, 8, 6, 4, 3, 2, 1)  # of every channel, or `auto`
@@ -63,11 +63,13 @@ class Geometry:
 class ConversionOptions:
     """Sizes and strategies of a conversion.
 
-    rope: `partial`, or `full`: un-rotated keys lie in the latent with the values, and rotate when they are made from
-        it. Exact at full rank, but slow: every step of decoding rebuilds all cached keys. R is then 0, and the options
-        that choose what rotates (partial_rope, rope_basis, frequency_folding, expected_rotation) must be left out.
+    rope: `partial`: rotated keys are cached beside the latent, as in DeepSeek's models. `latent`: the same pairs
+        rotate, but after the latent, which they are made from: nothing else is cached, and un-rotated numbers need
+        fewer bits. `full`: so do all keys. Exact at full rank, but slow: every step of decoding rebuilds all cached
+        keys; the options that choose what rotates (partial_rope, rope_basis, frequency_folding, expected_rotation,
+        rope_dim) must be left out.
     rope_dim: R, rotated numbers a token a layer, all heads together; None: an eighth of the keys where every key head
-        keeps as many (the paper's share), else a quarter to a third of R + r.
+        keeps as many (the paper's share), half of what rotates with rope=latent, else a quarter to a third of R + r.
     kv_lora_rank: r, size of the latent; None: what `reduction` leaves after R.
     reduction: wanted cut of the cache as a fraction; default 0.6875, and 0.875 where bits are fewer than 16. With 16 it
         is used only where kv_lora_rank is None.
@@ -90,7 +92,7 @@ class ConversionOptions:
     context: tokens of that cache; its first tokens, which stay unquantised, weigh less the longer it is.
     cache_scales: `table`, calibrated for good, or `token`, one factor a token and run of channels beside them.
     residual_length: latest tokens that stay unquantised.
-    importance: how bits=auto tells what a channel is worth, a name of `mha2mla.bits.IMPORTANCE`.
+    importance: how bits=auto tells what a channel is worth, a name of `mha2mla.importance.IMPORTANCE`.
     latent_basis: of a latent in few bits: `loss`, in which the loss minds errors in all channels alike, or `factors`,
         as `low_rank` leaves it.
     """
@@ -148,15 +150,21 @@ class ConversionOptions:
                 f"frequency_folding={self.frequency_folding} mixes frequencies, which this model's norms on queries "
                 "and keys multiply apart; use frequency_folding=1"
             )
+        if geometry.key_scales and self.rope == "latent":
+            raise ValueError(
+                "rope=latent cannot absorb keys that pass a norm, as this model's do: it would cache the norm's scales "
+                "in 16 bits; use rope=full (method=full-rope) or rope=partial"
+            )
         if geometry.key_scales > 1 and self.rope_basis != "heads":
             # Every key head has a scale of its own a token: only heads as they are come out of the latent exactly.
             return replace(self, rope_basis="heads").resolve(geometry)
         rope_dim = self._rope_dim(geometry)
-        rank, full = self._rank(geometry, rope_dim), geometry.full_rank(rope_dim, self.low_rank)
+        cached = replace(self, rope_dim=rope_dim).cached_rope_dim
+        rank, full = self._rank(geometry, cached), geometry.full_rank(cached, self.low_rank)
         if not 1 <= rank <= full:
             raise ValueError(
                 f"kv_lora_rank={rank} with rope_dim={rope_dim} is outside 1..{full}: full rank is {full} "
-                f"(2·G·D − R = {geometry.cache_size - rope_dim}, hidden size {geometry.hidden_size})"
+                f"(2·G·D − R = {geometry.cache_size - cached} that are cached, hidden size {geometry.hidden_size})"
             )
         if self.low_rank == "split" and rank % 2:
             raise ValueError(f"low_rank=split shares the latent evenly: kv_lora_rank={rank} must be even")
@@ -164,7 +172,7 @@ class ConversionOptions:
         if self.q_lora_rank is not None and not 1 <= self.q_lora_rank <= query_full:
             raise ValueError(f"q_lora_rank={self.q_lora_rank} is outside 1..{query_full} (full rank); None keeps W_q")
         if self.bits == "auto":
-            self.channel_bits(geometry, rank + rope_dim)
+            self.channel_bits(geometry, rank + cached)
         reduction = self.cut if self.bits == "auto" else None
         return replace(self, rope_dim=rope_dim, kv_lora_rank=rank, reduction=reduction)
 
@@ -173,10 +181,15 @@ class ConversionOptions:
         from the latent, it holds no scales of keys."""
         return replace(geometry, key_scales=0) if self.rope == "full" else geometry
 
+    @property
+    def cached_rope_dim(self) -> int:
+        """Rotated numbers that the cache holds, of options that are resolved."""
+        return (self.rope_dim or 0) if self.rope == "partial" else 0
+
     def _check_rope(self) -> None:
         if self.rope not in ROPE:
             raise ValueError(f"rope={self.rope!r} is unknown; choose one of: {', '.join(ROPE)}")
-        if self.rope == "partial":
+        if self.rope != "full":
             return
         defaults = {item.name: item.default for item in fields(self)}
         given = [f"{name}={getattr(self, name)}" for name in ROPE_PARTIAL if getattr(self, name) != defaults[name]]
@@ -184,7 +197,7 @@ class ConversionOptions:
         if given:
             raise ValueError(
                 f"rope=full rotates every key when it is made from the latent: {', '.join(given)} would have no "
-                "effect; leave it out (method=full-rope does), or use rope=partial"
+                "effect; leave it out (method=full-rope does), or use rope=partial or rope=latent"
             )
 
     def _check_bits(self) -> None:
@@ -204,7 +217,9 @@ class ConversionOptions:
             return 0
         step = 2 * geometry.num_kv_heads if self.partial_rope in PER_HEAD else 2  # a pair for each key/value head
         rope_dim = self.rope_dim
-        if rope_dim is None and self.partial_rope in PER_HEAD:
+        if rope_dim is None and self.rope == "latent":
+            rope_dim = max(step, geometry.rotary_size // 2 // step * step)
+        elif rope_dim is None and self.partial_rope in PER_HEAD:
             rope_dim = max(step, min(geometry.rotary_size, geometry.key_size // 8 // step * step))
         elif rope_dim is None and self.bits != 16:
             share = int(self.channel_bits(geometry, geometry.cache_size) / CHANNEL_BITS)

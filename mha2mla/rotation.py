@@ -161,23 +161,36 @@ def per_head(query: torch.Tensor, key: torch.Tensor, rest: torch.Tensor, kept: t
 
 
 def shared(query: torch.Tensor, key: torch.Tensor, rest: torch.Tensor, choice: Choice, fold: int) -> Parts:
-    """One rotated key for all heads: the kept components, and for every query head its share of them.
+    """One rotated key for all heads: the kept components, and for every query head its share of them."""
+    key_rest, key_rotated = shared_key(key, choice, fold)
+    query_rotated, pair_index = shares(query, len(key), choice, fold)
+    return Parts(rest.flatten(1, 2), query_rotated, key_rest, key_rotated, pair_index[None])
+
+
+def shared_key(key: torch.Tensor, choice: Choice, fold: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [G, 2, F, n] in the directions that do not rotate, [G, 2 F, n], and the one that does, [P, n]."""
+    block, vectors = kept_vectors(choice, fold)
+    keys = folded(key, fold)
+    still = torch.einsum("fgh,hcfi->gcfi", left_over(choice), keys.flatten(0, 1)).unflatten(0, (len(key), fold))
+    rotated = torch.einsum("pgm,gmcpi->cpi", vectors, keys[:, :, :, block])
+    return still.permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(1, 2), rotated.flatten(0, 1)
+
+
+def shares(query: torch.Tensor, groups: int, choice: Choice, fold: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of queries [H, 2, F, n] what meets the shared rotated key, [H, P, n], and the frequencies' numbers [P / 2].
 
     A component of a block of m frequencies turns with the one that has most of it.
     """
-    kept, mixing = choice.kept, choice.mixing
-    block, component = kept.nonzero().unbind(1)
-    vectors = mixing[block, component].unflatten(1, (-1, fold))  # [P / 2, G, m]
-    own = vectors.repeat_interleave(len(query) // len(key), 1)  # [P / 2, H, m]
-    queries, keys = folded(query, fold), folded(key, fold)
-    still = torch.einsum("fgh,hcfi->gcfi", left_over(choice), keys.flatten(0, 1)).unflatten(0, (len(key), fold))
-    return Parts(
-        query_rest=rest.flatten(1, 2),
-        query_rotated=torch.einsum("phm,hmcpi->hcpi", own, queries[:, :, :, block]).flatten(1, 2),
-        key_rest=still.permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(1, 2),
-        key_rotated=torch.einsum("pgm,gmcpi->cpi", vectors, keys[:, :, :, block]).flatten(0, 1),
-        pair_index=(block * fold + vectors.square().sum(1).argmax(1))[None],
-    )
+    block, vectors = kept_vectors(choice, fold)
+    own = vectors.repeat_interleave(len(query) // groups, 1)  # [P / 2, H, m]
+    rotated = torch.einsum("phm,hmcpi->hcpi", own, folded(query, fold)[:, :, :, block])
+    return rotated.flatten(1, 2), block * fold + vectors.square().sum(1).argmax(1)
+
+
+def kept_vectors(choice: Choice, fold: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The block of every kept component [P / 2], and what it is made of, [P / 2, G, m]."""
+    block, component = choice.kept.nonzero().unbind(1)
+    return block, choice.mixing[block, component].unflatten(1, (-1, fold))
 
 
 def left_over(choice: Choice) -> torch.Tensor:

@@ -2,6 +2,7 @@
 original's gives. A family whose attention does something unknown fails here, before anything is saved."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ def require_exact(error: float, model_type: str) -> float:
 @torch.no_grad()
 def check_layer(model: Any, index: int, rope: str = "partial") -> float:
     geometry, layer = geometry_of(model.config), attention_layers(model)[index]
-    rotated = geometry.rotary_size if rope == "partial" else 0
-    full = ConversionOptions(rope=rope, rope_dim=rotated, kv_lora_rank=geometry.full_rank(rotated))
+    full = ConversionOptions(rope=rope, rope_dim=0 if rope == "full" else geometry.rotary_size)
+    full = replace(full, kv_lora_rank=geometry.full_rank(full.cached_rope_dim))
     config, own_config = converted_config(model.config, full, layer), copy.deepcopy(model.config)
     config._attn_implementation = own_config._attn_implementation = "eager"
     weights, _ = convert_layer(layer, geometry, full, rotations_of(model)[index], None, torch.float32)

@@ -100,9 +100,9 @@ def converted_config(config: Any, options: ConversionOptions, attention: Any, ra
     kept = {name: value for name, value in config.to_dict().items() if name not in LEFT_BEHIND}
     assert options.rope_dim is not None
     whole = read_projections(attention, geometry)
-    size, full = geometry.head_dim, options.rope == "full"
-    one_key = full or bool(geometry.key_scales) or shares_rotated_key(options)
-    rotated = options.rope_dim if one_key else options.rope_dim // geometry.num_kv_heads
+    size, late = geometry.head_dim, options.rope != "partial"
+    one_key = late or bool(geometry.key_scales) or shares_rotated_key(options)
+    rotated = options.cached_rope_dim if one_key else options.cached_rope_dim // geometry.num_kv_heads
     norms = {}
     if whole.norms is not None:
         norms = {"qk_norm": True, "qk_norm_joint": whole.norms.joint, "qk_norm_eps": whole.norms.eps}
@@ -116,7 +116,8 @@ def converted_config(config: Any, options: ConversionOptions, attention: Any, ra
             "head_dim": size,
             "num_key_value_heads": geometry.num_kv_heads,
             "rotary_dim": geometry.rotary_dim,
-            "rope_full": full,
+            "rope_full": options.rope == "full",
+            "latent_rope_dim": options.rope_dim - options.cached_rope_dim,
             "kv_lora_rank": options.kv_lora_rank,
             "layer_kv_lora_rank": own_ranks,
             "latent_layers": None if len(chosen) == config.num_hidden_layers else chosen,
@@ -127,7 +128,7 @@ def converted_config(config: Any, options: ConversionOptions, attention: Any, ra
             "v_head_dim": size,
             "softmax_scale": float(attention.scaling),
             "q_proj_bias": whole.biased,
-            "kv_a_proj_bias": whole.biased and not full,
+            "kv_a_proj_bias": whole.biased and not late,
             "o_proj_bias": whole.biased or output_projection(attention).bias is not None,
         }
         | norms

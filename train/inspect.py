@@ -104,7 +104,7 @@ def budget(config: Any, attention: list[Any], reduction: float) -> dict[str, Any
         if method == "native":
             found["native"] = native.obstacles(converted)
             continue
-        numbers = (options.rope_dim or 0) + (options.kv_lora_rank or 0) + geometry_of(config).key_scales
+        numbers = options.cached_rope_dim + (options.kv_lora_rank or 0) + geometry_of(config).key_scales
         found |= {
             "rope_dim": options.rope_dim,
             "kv_lora_rank": options.kv_lora_rank,
@@ -125,7 +125,7 @@ def cache_format(config: Any, reduction: float) -> dict[str, Any]:
         options = resolve_options(config, ConversionOptions(**asked))
     except ValueError as error:
         return found | {"impossible": str(error)}
-    channels = (options.rope_dim or 0) + (options.kv_lora_rank or 0)
+    channels = options.cached_rope_dim + (options.kv_lora_rank or 0)
     bits = options.channel_bits(geometry_of(config), channels) / channels
     measured = expected(reduction)
     advice = measured.pop("advice")

@@ -1,14 +1,10 @@
-"""Latent attention whose keys all rotate: the latent holds un-rotated keys and values, and no rotated key is cached.
+"""Latent attention whose keys all rotate after the latent, which holds them un-rotated beside the values.
 
 Keys are made from the latent, normed where the family norms them (Qwen3, Gemma 3, OLMo 2) and only then rotated, so at
 full rank nothing is lost, and truncating or quantising the latent is all that is (Palu, arXiv 2407.21118; KVTC, arXiv
 2511.01815). It is slow to decode: rotation stands between query and latent, so the keys' up-projection cannot move
 into the query, and every step rebuilds and rotates the keys of all cached tokens. The values' still moves into the
-output.
-
-A cached latent has no position. None is needed: scores depend on distances alone, and the tokens of a row lie side by
-side in the cache, whatever is padded to their left. Everything rotates by its slot, from the layer's own frequencies.
-Shapes as in attention_mla.py with R = P = 0 and K = D; F rotary pairs a head.
+output. Shapes as in attention_mla.py with R = P = 0 and K = D.
 """
 
 from typing import Any
@@ -16,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention_mla import MLAAttention, is_its_weight, is_whole, rotate
+from .attention_late_rope_mla import LateRopeMLAAttention
+from .attention_mla import is_its_weight, is_whole
 from .attention_normed_mla import HeadNorm
 
 
-class FullRopeMLAAttention(MLAAttention):
+class FullRopeMLAAttention(LateRopeMLAAttention):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         groups, size = self.num_key_value_heads, config.head_dim
@@ -30,10 +27,10 @@ class FullRopeMLAAttention(MLAAttention):
             HeadNorm(heads, size, config.qk_norm_joint, config.qk_norm_eps) if config.qk_norm else None
             for heads in (self.num_heads, groups)
         )
-        self.rope_frequencies: torch.Tensor
-        # Float32 numbers, in radians a token, by their bits: a model in half precision must not round them.
-        frequencies = torch.zeros((config.rotary_dim or size) // 2, dtype=torch.int32)
-        self.register_buffer("rope_frequencies", frequencies)
+
+    @property
+    def num_frequencies(self) -> int:
+        return (self.config.rotary_dim or self.config.head_dim) // 2
 
     def project_queries(
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -43,21 +40,10 @@ class FullRopeMLAAttention(MLAAttention):
         query = (query if self.q_norm is None else self.q_norm(query)[0]).transpose(1, 2)
         return query, query[..., :0]
 
-    def project_latents(
-        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    def place_queries(
+        self, q_nope: torch.Tensor, q_rot: torch.Tensor, slots: int, past_key_values: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        latent = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
-        return latent, latent[..., :0]
-
-    def place_queries(self, q_nope: torch.Tensor, slots: int, past_key_values: Any) -> torch.Tensor:
-        length = q_nope.shape[2]
-        filled = torch.tensor(slots, device=q_nope.device)
-        if past_key_values is not None:
-            # Static caches hand out slots that are still empty; those of a window have seen more tokens than they hold.
-            seen = torch.as_tensor(past_key_values.get_seq_length(self.layer_idx), device=q_nope.device)
-            filled = torch.minimum(filled, seen)
-        own = filled - length + torch.arange(length, device=q_nope.device)
-        return self.rotate_slots(q_nope.transpose(1, 2), own).transpose(1, 2)
+        return self.rotate_queries(q_nope, slots, past_key_values), q_rot
 
     def expand_kv(self, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [B, G, T, D], rotated by their slots 0..T - 1, and values [B, G, T, V] from the latent [B, 1, T, r]."""
@@ -72,14 +58,6 @@ class FullRopeMLAAttention(MLAAttention):
         if self.k_norm is not None:
             keys = self.k_norm(keys)[0]
         return self.rotate_slots(keys, torch.arange(keys.shape[1], device=keys.device)).transpose(1, 2)
-
-    def rotate_slots(self, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Queries or keys [B, S, heads, D] rotated by their slots [S]; angles and rotation in float32."""
-        frequencies = self.rope_frequencies.view(torch.float32)
-        angles = (slots.float()[:, None] * frequencies)[:, None]
-        turning = 2 * len(frequencies)
-        turned = rotate(rows[..., :turning], angles.cos(), angles.sin())
-        return torch.cat((turned, rows[..., turning:]), dim=-1)
 
     def absorbs(self, queries: int) -> bool:
         """Whether values are better mixed as latents. Keys are made from them either way."""

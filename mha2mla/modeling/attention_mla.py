@@ -61,8 +61,7 @@ class MLAAttention(nn.Module):
             self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=config.q_proj_bias)
         self.kv_a_proj_with_mqa = nn.Linear(d, self.kv_lora_rank + self.projected_rope, bias=config.kv_a_proj_bias)
-        up_size = self.num_key_value_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        self.kv_b_proj = nn.Linear(self.kv_lora_rank, up_size, bias=False)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, self.expanded_size, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, d, bias=config.o_proj_bias)
         self.rope_pair_index: torch.Tensor
         # Which of the model's rotary frequencies each pair of each rotated key turns with; saved with the weights.
@@ -75,6 +74,11 @@ class MLAAttention(nn.Module):
     def query_size(self) -> int:
         """Numbers of a head that the query projection gives."""
         return self.qk_head_dim
+
+    @property
+    def expanded_size(self) -> int:
+        """Numbers that come out of a latent."""
+        return self.num_key_value_heads * (self.qk_nope_head_dim + self.v_head_dim)
 
     @property
     def projected_rope(self) -> int:
@@ -106,7 +110,7 @@ class MLAAttention(nn.Module):
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx, **extra)
         else:
             latent, k_rot = self.quantize(latent, k_rot, (cos, sin), kwargs.get("position_ids"))
-        q_nope = self.place_queries(q_nope, latent.shape[2], past_key_values)
+        q_nope, q_rot = self.place_queries(q_nope, q_rot, latent.shape[2], past_key_values)
 
         if past_key_values is not None and self.absorbs(length) and is_score_mask(attention_mask):
             output, weights = self.attend_latent(q_nope, q_rot, latent, k_rot, attention_mask)
@@ -164,9 +168,12 @@ class MLAAttention(nn.Module):
         k_rot = rotate(k_rot.unflatten(-1, (self.num_rope_heads, self.qk_rope_head_dim)), cos, sin)
         return latent.unsqueeze(1), k_rot.flatten(2).unsqueeze(1)
 
-    def place_queries(self, q_nope: torch.Tensor, slots: int, past_key_values: Any) -> torch.Tensor:
-        """Unrotated queries [B, H, S, K] as they meet the keys of so many slots, when the cache has taken their own."""
-        return q_nope
+    def place_queries(
+        self, q_nope: torch.Tensor, q_rot: torch.Tensor, slots: int, past_key_values: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [B, H, S, K] and [B, H, S, P] as they meet the keys of so many slots, when the cache has taken their
+        own."""
+        return q_nope, q_rot
 
     def quantize(
         self,
@@ -247,7 +254,7 @@ class MLAAttention(nn.Module):
         grouped = q_nope.reshape(batch, groups, heads // groups * length, self.qk_nope_head_dim)
         w_key, _ = self.up_projections()
         q_latent = torch.einsum("bgqk,gkr->bgqr", grouped, w_key).reshape(batch, heads * length, self.kv_lora_rank)
-        q_rows = self.rope_rows(q_rot).reshape(batch, heads * length, self.rope_dim)
+        q_rows = self.rope_rows(q_rot).flatten(1, 2)
         # Scaled before the products: queries are few, scores are many.
         return self.score(q_latent * self.scaling, q_rows * self.scaling, latent, k_rot)
 

@@ -27,6 +27,8 @@ class MLAConfigMixin:
     qk_norm_joint, qk_norm_eps: whether those norms go over all heads together, and their epsilon.
     rope_full: keys come out of the latent un-rotated and rotate then (attention_full_rope_mla.py); qk_rope_head_dim and
         key_scales are 0.
+    latent_rope_dim: numbers of one rotated key for all heads that the latent gives and that rotate then
+        (attention_latent_rope_mla.py); qk_rope_head_dim is 0. 0: the cache holds what rotates.
     rotary_dim: numbers of an original head that rotate; 0: all.
     served: the attention in the form that serving engines recognise (attention_served_mla.py).
     latent_layers: which layers have latent attention; None: all.
@@ -50,6 +52,7 @@ class MLAConfigMixin:
     qk_norm_eps: float = 1e-6
     rotary_dim: int = 0
     rope_full: bool = False
+    latent_rope_dim: int = 0
     served: bool = False
     latent_layers: list[int] | None = None
     cache_format: dict[str, Any] | None = None
@@ -59,7 +62,7 @@ class MLAConfigMixin:
     @property
     def qk_head_dim(self) -> int:
         """Size of one query head. transformers knows MLA models by this attribute."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.qk_nope_head_dim + self.qk_rope_head_dim + self.latent_rope_dim
 
     @property
     def rope_dim(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .attention_full_rope_mla import FullRopeMLAAttention
+from .attention_latent_rope_mla import LatentRopeMLAAttention
 from .attention_mla import MLAAttention
 from .attention_normed_mla import NormedMLAAttention
 from .attention_served_mla import ServedMLAAttention
@@ -22,6 +23,8 @@ def attention_class(config: Any) -> type[MLAAttention]:
         return ServedMLAAttention
     if config.rope_full:
         return FullRopeMLAAttention
+    if config.latent_rope_dim:
+        return LatentRopeMLAAttention
     return NormedMLAAttention if config.key_scales else MLAAttention
 
 

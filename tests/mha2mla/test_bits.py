@@ -7,10 +7,12 @@ import torch
 from transformers import LlamaConfig
 
 from mha2mla import ConversionOptions, collect_statistics, convert, resolve_options
-from mha2mla.bits import CHOICES, allocate, choose_format, fit, fit_tables, set_format, turn_latents
+from mha2mla.bits import CHOICES, allocate, choose_format, fit_tables, set_format, turn_latents
 from mha2mla.channels import observe
 from mha2mla.families import latent_layers
+from mha2mla.importance import IMPORTANCE, coarse, energy, fisher, measured, output
 from mha2mla.modeling.cache_format_mla import layer_bytes, layer_format
+from mha2mla.quantization import fit
 from tests.tiny import FAMILIES, tiny_model
 
 SMOLLM = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
@@ -48,7 +50,8 @@ def test_codes_lose_less_with_every_bit() -> None:
 def test_bits_go_where_the_loss_minds_and_fill_bytes() -> None:
     model = converted(kv_lora_rank=24)
     found = observe(model, text())
-    chosen = allocate(model, found, budget=2 * 80)
+    weights = fisher(model, found, text())
+    chosen = allocate(model, found, 2 * 80, weights)
     for bits, layer, (_, attention) in zip(chosen, found, latent_layers(model), strict=True):
         rank = attention.kv_lora_rank
         for part in (bits[:rank], bits[rank:]):
@@ -62,7 +65,43 @@ def test_bits_go_where_the_loss_minds_and_fill_bytes() -> None:
         assert torch.equal(first, second), "rotation mixes a pair's numbers: both need the same bits"
     assert 0 < sum(map(sum, chosen)) <= 160
     with pytest.raises(ValueError, match="leaves no channel a bit"):
-        allocate(model, found, budget=0.5)
+        allocate(model, found, 0.5, weights)
+
+
+@pytest.mark.parametrize("rule", IMPORTANCE)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3"])
+def test_every_rule_shares_out_the_budget(family: str, rule: str) -> None:
+    model = converted(family, bits="auto", reduction=0.7, kv_lora_rank=24, importance=rule)
+    chosen = [layer_format(model.config, index).bits for index in range(2)]
+    numbers = 2 * 64  # of the original's cache, a token
+    assert 0.4 < sum(map(sum, chosen)) / (0.3 * 16 * numbers) <= 1
+
+
+def test_output_is_what_the_layer_itself_minds() -> None:
+    """A channel that its projection ignores counts nothing; what comes behind the layer changes no weight."""
+    model = converted()
+    attention = latent_layers(model)[1][1]
+    with torch.no_grad():
+        attention.kv_b_proj.weight[:, 3] = 0
+    found = observe(model, text())
+    weights = output(model, found, text())[1]
+    assert weights[3] == 0 < weights[4] and energy(model, found, text())[1][3] == 1
+    model.model.norm.weight.data *= 7
+    assert torch.equal(output(model, found, text())[1], weights)
+    assert not torch.allclose(fisher(model, observe(model, text()), text())[1][4:8], found[1].fisher.diagonal()[4:8])
+
+
+def test_measured_weights_say_what_coarse_codes_really_cost() -> None:
+    model = converted()
+    found, rows = observe(model, text()), [row for batch in text() for row in batch.split(1)]
+    before = [logits(model, row)[0, :-1].log_softmax(-1) for row in rows]
+    for index, weights in enumerate(measured(model, found, text())):
+        attention = latent_layers(model)[index][1]
+        with coarse(attention, found[index]) as error:
+            after = [logits(model, row)[0, :-1].log_softmax(-1) for row in rows]
+        divergences = [(one.exp() * (one - two)).sum(-1).mean() for one, two in zip(before, after, strict=True)]
+        assert float((weights * error).sum() / 2) == pytest.approx(float(sum(divergences)) / len(rows), rel=1e-3)
+        assert attention.cache_tables is None and float(sum(divergences)) > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -142,7 +142,7 @@ def test_queries_turn_by_the_slot_they_are_in(kind: str, monkeypatch: pytest.Mon
         own = torch.arange(query.shape[2]) + (slots - query.shape[2] if kind == "static" else 0)
         return self.rotate_slots(query.transpose(1, 2), own).transpose(1, 2)
 
-    monkeypatch.setattr(FullRopeMLAAttention, "place_queries", misplaced)
+    monkeypatch.setattr(FullRopeMLAAttention, "rotate_queries", misplaced)
     assert relative(step_by_step(converted, ids, torch.ones_like(ids), kind), expected) > 1e-2
 
 
@@ -368,7 +368,7 @@ GEOMETRY = Geometry(hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rope": "half"}, "rope='half' is unknown; choose one of: partial, full"),
+        ({"rope": "half"}, "rope='half' is unknown; choose one of: partial, latent, full"),
         ({"rope_dim": 24}, "rope=full .*: rope_dim=24 would have no effect; leave it out"),
         ({"partial_rope": "low", "expected_rotation": True}, "partial_rope=low, expected_rotation=True would have no"),
         ({"kv_lora_rank": 385}, r"kv_lora_rank=385 with rope_dim=0 is outside 1\.\.384"),
