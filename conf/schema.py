@@ -108,7 +108,9 @@ class ModelConfig:
 class MLAConfig:
     """What the converted attention looks like; the fields of `mha2mla.ConversionOptions`."""
 
-    rope: str = "partial"  # latent: what rotates is made from the latent, nothing else cached; full: so are all keys
+    # partial: rotated keys are cached; latent: they are made from the latent; full: so are all keys; auto: partial
+    # where bits=16, else latent, or full where keys pass a norm
+    rope: str = "partial"
     rope_dim: int | None = None  # R: rotated numbers a token a layer; default: an eighth of the keys
     kv_lora_rank: int | None = None  # r: size of the latent; default: what `reduction` leaves after R
     # Wanted cut of the KV cache in bytes; default 0.875, and 0.6875 with bits=16, where it excludes kv_lora_rank.
@@ -128,14 +130,20 @@ class MLAConfig:
     residual_length: int = 0  # latest tokens that stay unquantised
     importance: str = "fisher"  # how bits=auto tells what a channel is worth: a name of mha2mla/importance.py
     latent_basis: str = "loss"  # of a latent in few bits, or `factors`: as low_rank leaves it
-    reconstruction_steps: int = 0  # a layer, on the calibration text, after the closed form (mha2mla/reconstruct.py)
+    # A layer, on the calibration text, after the closed form (mha2mla/reconstruct.py); null: 40 if bits=16, else 0.
+    reconstruction_steps: int | None = 0
     # Relative to the root mean square of every weight; where each layer's search for its own rate begins.
     reconstruction_learning_rate: float = 1e-2
 
+    @property
+    def reconstructions(self) -> int:
+        """Steps of reconstruction a layer."""
+        if self.reconstruction_steps is None:
+            return 40 if self.bits == "16" else 0
+        return self.reconstruction_steps
+
     def __post_init__(self) -> None:
-        require(
-            self.reconstruction_steps >= 0, f"mla.reconstruction_steps={self.reconstruction_steps} must be 0 or more"
-        )
+        require(self.reconstructions >= 0, f"mla.reconstruction_steps={self.reconstruction_steps} must be 0 or more")
 
 
 @dataclass
@@ -419,7 +427,7 @@ class Config:
         require(not taken, f"name={self.name} is the name of a folder that all points of a model share; give another")
         tokens, length = self.calibration.tokens, self.calibration.sequence_length
         require(
-            not self.mla.reconstruction_steps or tokens > length,
+            not self.mla.reconstructions or tokens > length,
             f"calibration.tokens={tokens} is one sequence (calibration.sequence_length={length}): reconstruction fits "
             "layers on some sequences and judges them on others; give more tokens, or mla.reconstruction_steps=0",
         )

@@ -60,7 +60,7 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
     for _, _, options in points:
         resolve_options(model.config, options)
     statistics, calibration = None, []
-    if any(needs_calibration(options) or point.reconstruction_steps for _, point, options in points):
+    if any(needs_calibration(options) or point.reconstructions for _, point, options in points):
         calibration = list(calibration_batches(config, tokenizer))
         check_ids("data for calibration", calibration, tokenizer, model.config)
         tokens = sum(batch.numel() for batch in calibration)
@@ -69,10 +69,10 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
     yield {"name": "original", "perplexity": perplexity(model, windows)}
     for name, point, options in points:
         converted, report = convert(model, options, statistics, batches=calibration)
-        if point.reconstruction_steps:
+        if point.reconstructions:
             layers = model.config.num_hidden_layers
             with native_autocast("cpu"), Progress(f"reconstruct {name}", layers, "layers") as progress:
-                steps, rate = point.reconstruction_steps, point.reconstruction_learning_rate
+                steps, rate = point.reconstructions, point.reconstruction_learning_rate
                 reconstruct(model, converted, calibration, steps, rate, lambda *_: progress.advance(1))
         found = divergence(model, converted, windows)
         sizes: dict[str, Any] = {"rope_dim": report.options.rope_dim, "kv_lora_rank": report.options.kv_lora_rank}

@@ -10,7 +10,10 @@ def cache_obstacles(config: Any) -> list[str]:
     found = []
     if config.rope_full or config.latent_rope_dim:
         name = "full" if config.rope_full else "latent"
-        found.append(f"keys that rotate after the latent (rope={name}), which no engine's cache of latents has")
+        found.append(
+            f"keys that rotate after the latent (rope={name}), which no engine's cache of latents has; convert with "
+            "bits=16 and rope=partial"
+        )
     if config.key_scales:
         found.append("norms on queries and keys, whose scales an engine's cache has no place for")
     if config.num_rope_heads != 1:

@@ -5,7 +5,7 @@ from typing import Any
 
 # Choices of pairs that keep as many of every key head.
 PER_HEAD = {"high", "low", "uniform", "2-norm"}
-ROPE = ("partial", "latent", "full")
+ROPE = ("partial", "latent", "full", "auto")
 ROPE_PARTIAL = ("partial_rope", "rope_basis", "frequency_folding", "expected_rotation")  # read where rope=partial
 LAYERS = ("all", "full-attention")
 BITS = (16, 8, 6, 4, 3, 2, 1)  # of every channel, or `auto`
@@ -67,7 +67,7 @@ class ConversionOptions:
         rotate, but after the latent, which they are made from: nothing else is cached, and un-rotated numbers need
         fewer bits. `full`: so do all keys. Exact at full rank, but slow: every step of decoding rebuilds all cached
         keys; the options that choose what rotates (partial_rope, rope_basis, frequency_folding, expected_rotation,
-        rope_dim) must be left out.
+        rope_dim) must be left out. `auto`: partial where bits=16, else latent, or full where keys pass a norm.
     rope_dim: R, rotated numbers a token a layer, all heads together; None: an eighth of the keys where every key head
         keeps as many (the paper's share), half of what rotates with rope=latent, else a quarter to a third of R + r.
     kv_lora_rank: r, size of the latent; None: what `reduction` leaves after R.
@@ -132,6 +132,8 @@ class ConversionOptions:
     def resolve(self, geometry: Geometry) -> "ConversionOptions":
         """The same options with R and r as numbers that fit the model; ValueError names what does not."""
         self._check_bits()
+        if self.rope == "auto":
+            return self._with_rope(geometry).resolve(geometry)
         self._check_rope()
         geometry = self.cached(geometry)
         if self.bits != "auto" and self.kv_lora_rank is not None and self.reduction is not None:
@@ -185,6 +187,15 @@ class ConversionOptions:
     def cached_rope_dim(self) -> int:
         """Rotated numbers that the cache holds, of options that are resolved."""
         return (self.rope_dim or 0) if self.rope == "partial" else 0
+
+    def _with_rope(self, geometry: Geometry) -> "ConversionOptions":
+        """What rope=auto is for a model: rotated numbers are dear in few bits, and norms cannot be absorbed."""
+        if self.bits == 16:
+            return replace(self, rope="partial")
+        if not geometry.key_scales:
+            return replace(self, rope="latent")
+        defaults: dict[str, Any] = {item.name: item.default for item in fields(self) if item.name in ROPE_PARTIAL}
+        return replace(self, rope="full", **defaults)
 
     def _check_rope(self) -> None:
         if self.rope not in ROPE:

@@ -91,7 +91,7 @@ def convert_model(config: Config, folder: Path) -> dict[str, Any]:
             converted, report = convert(model, options, statistics, on_layer, calibration, on_tokens)
     print(f"convert: {summary(report)}", flush=True)
     found = report.to_dict()
-    if config.mla.reconstruction_steps:
+    if config.mla.reconstructions:
         comparison, fits = reconstructed(model, converted, calibration, heldout, config)
         found |= fits
     else:
@@ -142,7 +142,7 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
             options,
             calibration,
             heldout,
-            mla.reconstruction_steps,
+            mla.reconstructions,
             mla.reconstruction_learning_rate,
             device,
             on_layer,
@@ -152,7 +152,7 @@ def stream_model(config: Config, folder: Path, layers: int) -> dict[str, Any]:
     report = found.report
     print(f"convert: {summary(report)}", flush=True)
     tokenizer.save_pretrained(folder)
-    fits = described(found.fits, report.latent_layers) if mla.reconstruction_steps else {}
+    fits = described(found.fits, report.latent_layers) if mla.reconstructions else {}
     write_json(folder / "conversion.json", report.to_dict() | fits | {"comparison": asdict(found.comparison)})
     tokens = sum(batch.numel() for batch in calibration)
     return metrics(report, found.comparison, tokens, torch.device(device))
@@ -205,7 +205,7 @@ def reconstructed(
     closed, mla = compared(model, converted, heldout), config.mla
     latent = latent_layers(converted)
     weights = [(layer, copy.deepcopy(layer.state_dict())) for _, layer in latent]
-    steps, rate = mla.reconstruction_steps, mla.reconstruction_learning_rate
+    steps, rate = mla.reconstructions, mla.reconstruction_learning_rate
     with native_autocast(model.device.type), layer_progress(len(attention_layers(model)), "reconstructed") as on_layer:
         fits = reconstruct(model, converted, calibration, steps, rate, on_layer)
     comparison = compared(model, converted, heldout)

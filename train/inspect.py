@@ -131,6 +131,7 @@ def cache_format(config: Any, reduction: float) -> dict[str, Any]:
     advice = measured.pop("advice")
     losses = {name: asdict(each) if each else None for name, each in measured.items()}
     return found | {
+        "rope": options.rope,
         "rope_dim": options.rope_dim,
         "kv_lora_rank": options.kv_lora_rank,
         "bits_per_channel": bits,
@@ -210,17 +211,17 @@ def show(found: dict[str, Any], console: Console) -> None:
 def print_formats(formats: list[dict[str, Any]], console: Console) -> None:
     """The same cuts in bytes with a cache format, and their measured losses."""
     table = Table(box=None, pad_edge=False)
-    for column in ("cut in bytes", "R + r", "bits", "healed", "quantised", "less KL"):
+    for column in ("cut in bytes", "rope", "R", "r", "bits", "healed", "quantised", "less KL"):
         table.add_column(column, justify="left" if column == "less KL" else "right")
     for row in formats:
         cut = f"-{100 * row['reduction']:.2f} %"
         if "impossible" in row:
-            table.add_row(cut, "none", "", "", "", "")
+            table.add_row(cut, "none", *[""] * 6)
             continue
         losses = [loss_words(row["measured"][side]) for side in ("converted", "original")]
-        sizes = f"{row['rope_dim']} + {row['kv_lora_rank']}"
+        sizes = row["rope"], str(row["rope_dim"] or ""), str(row["kv_lora_rank"])
         advice = row["advice"].replace("quantise the original: ", "")
-        table.add_row(cut, sizes, f"{row['bits_per_channel']:.1f}", *losses, advice)
+        table.add_row(cut, *sizes, f"{row['bits_per_channel']:.1f}", *losses, advice)
     console.print()
     console.print(table)
     console.print(

@@ -67,8 +67,8 @@ class FullRopeMLAAttention(LateRopeMLAAttention):
 
     def score_latent(self, q_nope: torch.Tensor, q_rot: torch.Tensor, latent: Any, k_rot: Any) -> torch.Tensor:
         batch, heads, length, size = q_nope.shape
-        states = latent if is_whole(latent) else latent.dense()
-        keys = nn.functional.linear(states[:, 0], self.up_projections()[0].flatten(0, 1))
+        up = self.up_projections()[0].flatten(0, 1)
+        keys = latent[:, 0] @ up.T if is_whole(latent) else latent.dot(up.expand(batch, -1, -1)).mT
         keys = self.finish_keys(keys.unflatten(-1, (self.num_key_value_heads, size)))
         grouped = q_nope.reshape(batch, self.num_key_value_heads, -1, size) * self.scaling
         return (grouped @ keys.mT).reshape(batch, heads * length, -1)

@@ -67,15 +67,6 @@ class LatentRopeMLAAttention(LateRopeMLAAttention):
         expanded = self.kv_lora_rank * super().expanded_size + mixing * (self.qk_head_dim + self.v_head_dim)
         return mixing * (2 * self.kv_lora_rank + self.made_rope) < expanded
 
-    def up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
-        sizes = [self.qk_nope_head_dim, self.v_head_dim]
-        w_key, w_value = (
-            self.kv_b_proj.weight[: super().expanded_size]
-            .view(self.num_key_value_heads, sum(sizes), -1)
-            .split(sizes, dim=1)
-        )
-        return w_key, w_value
-
     def score(self, q_latent: torch.Tensor, q_rows: torch.Tensor, latent: Any, k_rot: Any) -> torch.Tensor:
         # Queries and the key's up-projection meet the latents together: a packed cache is unpacked once.
         up = self.kv_b_proj.weight[super().expanded_size :].expand(len(q_latent), -1, -1)

@@ -242,8 +242,9 @@ class MLAAttention(nn.Module):
 
     def up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What makes keys [G, K, r] and values [G, V, r] of a latent."""
-        sizes = [self.qk_nope_head_dim, self.v_head_dim]
-        w_key, w_value = self.kv_b_proj.weight.view(self.num_key_value_heads, sum(sizes), -1).split(sizes, dim=1)
+        groups, sizes = self.num_key_value_heads, [self.qk_nope_head_dim, self.v_head_dim]
+        heads = self.kv_b_proj.weight[: groups * sum(sizes)]
+        w_key, w_value = heads.view(groups, sum(sizes), -1).split(sizes, dim=1)
         return w_key, w_value
 
     def score_latent(self, q_nope: torch.Tensor, q_rot: torch.Tensor, latent: Any, k_rot: Any) -> torch.Tensor:

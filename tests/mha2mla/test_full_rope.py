@@ -368,7 +368,7 @@ GEOMETRY = Geometry(hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rope": "half"}, "rope='half' is unknown; choose one of: partial, latent, full"),
+        ({"rope": "half"}, "rope='half' is unknown; choose one of: partial, latent, full, auto"),
         ({"rope_dim": 24}, "rope=full .*: rope_dim=24 would have no effect; leave it out"),
         ({"partial_rope": "low", "expected_rotation": True}, "partial_rope=low, expected_rotation=True would have no"),
         ({"kv_lora_rank": 385}, r"kv_lora_rank=385 with rope_dim=0 is outside 1\.\.384"),

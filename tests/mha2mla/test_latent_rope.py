@@ -6,6 +6,7 @@ The same function as rope=partial where nothing is cut, in every way to run a mo
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +286,13 @@ def test_sizes_follow_from_the_reduction() -> None:
     assert (bits.rope_dim, bits.kv_lora_rank) == (96, 384)
     with pytest.raises(ValueError, match=r"kv_lora_rank=385 with rope_dim=96 is outside 1\.\.384"):
         ConversionOptions(rope="latent", kv_lora_rank=385, **COST).resolve(GEOMETRY)
+
+
+@pytest.mark.parametrize(
+    ("bits", "key_scales", "rope"), [(16, 0, "partial"), (16, 3, "partial"), ("auto", 0, "latent"), (2, 3, "full")]
+)
+def test_what_auto_is_for_a_model(bits: int | str, key_scales: int, rope: str) -> None:
+    geometry = replace(GEOMETRY, key_scales=key_scales)
+    resolved = ConversionOptions(rope="auto", bits=bits, **COST).resolve(geometry)
+    assert resolved.rope == rope and resolved.resolve(geometry) == resolved
+    assert resolved.partial_rope == ("high" if rope == "full" else "rotation-cost")
