@@ -62,7 +62,7 @@ def inspect(path: str, reductions: list[float]) -> dict[str, Any]:
         "budgets": budgets,
         "formats": [cache_format(config, reduction) for reduction in reductions],
         "strategies": strategies(config),
-        "conversion": {each.name: conversion(config, sizes, 16384, 40, 1024, each) for each in MACHINES},
+        "conversion": {each.name: conversion(config, sizes, 16384, 0, 1024, each, coded=True) for each in MACHINES},
         "healing": {
             "2 CPU cores, 65,536 tokens, attention": healing(sizes, 65536, 2, 512, TWO_CORES, trainable="attention"),
             "1 H100, 10 M tokens": healing(sizes, 1e7, 4, 2048, H100),

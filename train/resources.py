@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conf.stage import provenance
+from mha2mla.channels import GRADIENTS, TOKENS
 from mha2mla.families import attention_layers, geometry_of
 from mha2mla.output_head import ROWS
 
@@ -99,11 +100,13 @@ def count(model: Any) -> Sizes:
     )
 
 
-def conversion(config: Any, sizes: Sizes, tokens: int, steps: int, length: int, machine: Machine) -> dict[str, float]:
+def conversion(
+    config: Any, sizes: Sizes, tokens: int, steps: int, length: int, machine: Machine, coded: bool = False
+) -> dict[str, float]:
     """Peak memory in GiB with the whole model in memory and layer by layer, and seconds.
 
     tokens: calibration; both models are compared on an eighth as many, at least a sequence. steps: of reconstruction, a
-    layer, one sequence of `length` tokens each.
+    layer, one sequence of `length` tokens each. coded: whether a cache format is chosen, on text of its own.
     """
     d, head = sizes.hidden, sizes.vocabulary * sizes.hidden
     geometry = geometry_of(config)
@@ -120,6 +123,8 @@ def conversion(config: Any, sizes: Sizes, tokens: int, steps: int, length: int, 
     trained = 6 * sizes.attention * steps * length * sizes.layers
     heldout = max(tokens // 8, length)
     comparisons = 2 * 2 * (sizes.active_layers + head) * heldout * (2 if steps else 1)  # not under autocast
+    if coded:
+        comparisons += 2 * (sizes.active_layers + head) * (TOKENS + 2 * GRADIENTS)
     moved = MOVED * FP32 * 3 * geometry.num_heads * geometry.head_dim * steps * length * sizes.layers
     rows = 2 * geometry.key_size
     factored = sizes.layers * (EIGENVALUES * rows**3 + PRODUCTS * rows * d**2)
@@ -217,7 +222,7 @@ def measured(results: Path) -> list[dict[str, Any]]:
     small = shape("135M")
     small.dtype = torch.float32  # as the default model is unpacked
     sizes, stages = sizes_of(small), load("default_run")["stages"]
-    convert = conversion(small, sizes, 16384, 40, 1024, TWO_CORES)
+    convert = conversion(small, sizes, 16384, 0, 1024, TWO_CORES, coded=True)
     heal = healing(sizes, 65536, 2, 512, TWO_CORES, trainable="attention")
     add("default run, convert, 2 CPU cores", stages["convert"]["seconds"], convert["seconds"], "s")
     add("default run, finetune, 2 CPU cores", stages["finetune"]["seconds"], heal["seconds"], "s")
