@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from mha2mla.channels import Channels, observe
+from mha2mla.channels import Channels, fit_layer, observe
 from mha2mla.families import latent_layers
 from mha2mla.importance import IMPORTANCE
-from mha2mla.modeling.cache_format_mla import CacheTables, LayerFormat, layer_format, run_lengths
+from mha2mla.modeling.cache_format_mla import LayerFormat, layer_format, run_lengths
 from mha2mla.options import RUN, SINKS
 from mha2mla.quantization import fit
 
@@ -79,20 +79,14 @@ def set_format(model: Any, bits: list[list[int]], scales: str = "table", residua
         weight = attention.kv_a_proj_with_mqa.weight
         form = layer_format(model.config, index)
         assert form is not None
-        attention.cache_tables = CacheTables(form, attention.num_rope_heads, attention.qk_rope_head_dim)
+        attention.cache_tables = attention.tables_for(form)
         attention.cache_tables.to(weight.device, weight.dtype).train(attention.training)
 
 
-@torch.no_grad()
 def fit_tables(model: Any, found: list[Channels]) -> None:
     """Set every layer's tables to what loses least of the channels that were seen."""
     for (_, attention), layer in zip(latent_layers(model), found, strict=True):
-        tables, samples = attention.cache_tables, layer.samples
-        tables.key_mean.copy_(layer.key_mean)
-        for bits, channels in tables.form.runs:
-            if bits != 16:
-                minimum, scale, _ = fit(samples[:, channels], bits, tables.form.scales)
-                tables.minimum[channels], tables.scale[channels] = minimum.to(tables.minimum), scale.to(tables.scale)
+        fit_layer(attention.cache_tables, layer)
 
 
 def refit(model: Any, batches: Iterable[torch.Tensor]) -> None:

@@ -13,7 +13,9 @@ import torch
 from mha2mla.families import latent_layers
 from mha2mla.finite import is_finite
 from mha2mla.modeling.attention_mla import rotate
+from mha2mla.modeling.cache_format_mla import CacheTables
 from mha2mla.options import SINKS
+from mha2mla.quantization import fit
 from mha2mla.token_ids import known_ids
 
 TOKENS = 8192  # of text that tables are fitted to
@@ -167,3 +169,15 @@ def channels_of(attention: Any, samples: list[torch.Tensor], rotations: list[Rot
         for own, (cos, sin) in zip(samples, rotations, strict=True)
     ]
     return Channels(torch.cat(differences), mean)
+
+
+@torch.no_grad()
+def fit_layer(tables: CacheTables, layer: Channels) -> torch.Tensor:
+    """Set one layer's tables to what loses least of its samples; the mean squared errors that are left, [n]."""
+    tables.key_mean.copy_(layer.key_mean)
+    errors = layer.samples.new_zeros(layer.samples.shape[1])
+    for bits, channels in tables.form.runs:
+        if bits != 16:
+            minimum, scale, errors[channels] = fit(layer.samples[:, channels], bits, tables.form.scales)
+            tables.minimum[channels], tables.scale[channels] = minimum.to(tables.minimum), scale.to(tables.scale)
+    return errors

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from mha2mla.channels import Channels, observe
+from mha2mla.channels import Channels, fit_layer, observe
+from mha2mla.compare import Tally
 from mha2mla.families import latent_layers
-from mha2mla.modeling.cache_format_mla import CacheTables, LayerFormat
+from mha2mla.modeling.cache_format_mla import LayerFormat
 from mha2mla.output_head import ask
-from mha2mla.quantization import fit
 
 PROBED_BITS = 2  # where what errors really cost is measured: as coarse as a small budget makes them
 PROBED_TOKENS = 1024  # of the text, for that
@@ -49,41 +49,32 @@ def measured(model: Any, found: list[Channels], batches: Batches) -> Weights:
     """
     rows = [row for batch in batches for row in batch[:, :PROBED_LENGTH].split(1)]
     rows = rows[: max(1, PROBED_TOKENS // rows[0].shape[1])]
-    expected = [scores(model, row) for row in rows]
+    expected = [logits_of(model, row) for row in rows]
     weights = fisher(model, found, batches)
     corrected = []
     for (_, attention), layer, weight in zip(latent_layers(model), found, weights, strict=True):
         with coarse(attention, layer) as error:
-            moved = sum(divergence(before, scores(model, row)) for before, row in zip(expected, rows, strict=True))
+            tally = Tally()
+            for before, row in zip(expected, rows, strict=True):
+                tally.add_rows(before, logits_of(model, row), row[0, 1:].to(before.device))
         predicted = float((weight * error).sum()) / 2
-        corrected.append(weight * (moved / len(rows) / max(predicted, 1e-30)))
+        corrected.append(weight * (tally.comparison().kl_divergence / max(predicted, 1e-30)))
     return corrected
 
 
 @torch.no_grad()
-def scores(model: Any, row: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [S - 1, vocabulary] of a row's [1, S] next tokens."""
-    logits = ask(model, row.to(model.device))[0]
-    return logits(slice(0, row.shape[1] - 1)).float().log_softmax(-1)
-
-
-def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """KL divergence in nats a token."""
-    return float((expected.exp() * (expected - found)).sum(-1).mean())
+def logits_of(model: Any, row: torch.Tensor) -> torch.Tensor:
+    """Logits [S - 1, vocabulary] of a row's [1, S] next tokens."""
+    return ask(model, row.to(model.device))[0](slice(0, row.shape[1] - 1))
 
 
 @contextmanager
 def coarse(attention: Any, layer: Channels) -> Iterator[torch.Tensor]:
     """One layer in PROBED_BITS a channel; yields the mean squared errors of its codes, [n]."""
-    channels = layer.samples.shape[1]
-    minimum, scale, error = fit(layer.samples, PROBED_BITS)
-    form = LayerFormat((PROBED_BITS,) * channels, rope_dim=attention.rope_dim)
-    tables = CacheTables(form, attention.num_rope_heads, attention.qk_rope_head_dim)
-    for own, fitted in ((tables.minimum, minimum), (tables.scale, scale), (tables.key_mean, layer.key_mean)):
-        own.data.copy_(fitted)
-    attention.cache_tables = tables.to(minimum.device)
+    form = LayerFormat((PROBED_BITS,) * layer.samples.shape[1], rope_dim=attention.rope_dim)
+    attention.cache_tables = attention.tables_for(form).to(layer.samples.device)
     try:
-        yield error
+        yield fit_layer(attention.cache_tables, layer)
     finally:
         attention.cache_tables = None
 

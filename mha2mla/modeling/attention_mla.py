@@ -21,7 +21,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # with soft-capping
 
-from .cache_format_mla import CacheTables, layer_format
+from .cache_format_mla import CacheTables, LayerFormat, layer_format
 
 
 class MLAAttention(nn.Module):
@@ -68,7 +68,11 @@ class MLAAttention(nn.Module):
         pairs = torch.arange(self.qk_rope_head_dim // 2).expand(self.num_rope_heads, -1)
         self.register_buffer("rope_pair_index", pairs.clone())
         form = layer_format(config, layer_idx)
-        self.cache_tables = None if form is None else CacheTables(form, self.num_rope_heads, self.qk_rope_head_dim)
+        self.cache_tables = None if form is None else self.tables_for(form)
+
+    def tables_for(self, form: LayerFormat) -> CacheTables:
+        """Tables of a format for what this layer caches, not fitted yet."""
+        return CacheTables(form, self.num_rope_heads, self.qk_rope_head_dim)
 
     @property
     def query_size(self) -> int:

@@ -1,34 +1,38 @@
 """rope=full: keys that rotate after the latent. Exact at full rank in every family, in every way to run a model."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM
 
-from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert, reconstruct
+from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert
 from mha2mla.compare import compare
 from mha2mla.families import attention_layers, geometry_of
 from mha2mla.full_rope import over_distances
 from mha2mla.modeling.attention_full_rope_mla import FullRopeMLAAttention
-from mha2mla.modeling.attention_mla import MLAAttention, rotate
-from mha2mla.modeling.quantized_cache_mla import FormatCache
+from mha2mla.modeling.attention_mla import rotate
 from mha2mla.native import to_deepseek
 from mha2mla.options import Geometry
 from mha2mla.rotation import Rotation
 from mha2mla.served import to_served
 from mha2mla.streaming import convert_streamed
-from tests.mha2mla.test_cache_format import ROUNDING, error, formatted, stepwise, window
-from tests.mha2mla.test_checkpoint import WITHOUT_PACKAGE, block_package
+from tests.mha2mla.late_rope import (
+    LONGROPE,
+    NORMED,
+    TEXT,
+    TOLERANCE,
+    both_forwards_agree,
+    generates_alike,
+    loads_with_and_without_the_package,
+    logits,
+    packed_is_one_window,
+    reconstruction_helps,
+    step_by_step,
+)
+from tests.mha2mla.test_cache_format import formatted
 from tests.tiny import FAMILIES, KV_HEADS, SCALINGS, VARIANTS, relative, tiny_model, tokens
-
-TOLERANCE = 1e-5  # float32 rounding through two layers measures 3e-7 to 1.3e-6; what is wrong measures above 1e-2
-NORMED = ["qwen3", "gemma3_text", "olmo2", "qwen3_moe", "olmoe"]
-TEXT = tokens(16, 24, seed=1).split(4)
 
 
 def full_rank(model: torch.nn.Module, **changes: object) -> ConversionOptions:
@@ -38,11 +42,6 @@ def full_rank(model: torch.nn.Module, **changes: object) -> ConversionOptions:
 def exact(family: str, heads: str = "gqa", **changes: object) -> tuple[torch.nn.Module, torch.nn.Module]:
     model = tiny_model(family, KV_HEADS[heads], **changes)
     return model, convert(model, full_rank(model))[0]
-
-
-def logits(model: torch.nn.Module, ids: torch.Tensor, **inputs: object) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, **inputs).logits
 
 
 @pytest.mark.capability("rope=full")
@@ -62,14 +61,6 @@ def test_full_rank_gives_the_original_logits(family: str, heads: str) -> None:
     assert relative(logits(converted, tokens()), logits(model, tokens())) > 1e-2
 
 
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0, 1.5],
-    "long_factor": [2.0, 4.0],
-    "original_max_position_embeddings": 64,
-    "partial_rotary_factor": 0.5,
-}
 ROPES = [("llama", rope) for rope in SCALINGS.values()] + [("qwen3", SCALINGS["yarn"]), ("phi3", LONGROPE)]
 
 
@@ -91,25 +82,6 @@ def test_biases_of_keys_rotate(family: str) -> None:
     for attention in attention_layers(converted):
         attention.key_bias.data.zero_()
     assert relative(logits(converted, tokens()), expected) > 1e-2
-
-
-def cache_of(kind: str, model: torch.nn.Module) -> DynamicCache | StaticCache:
-    if kind == "dynamic":
-        return DynamicCache(config=model.config)
-    return StaticCache(config=model.config, max_cache_len=32)
-
-
-@torch.no_grad()
-def step_by_step(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
-    """Logits of ids through the cache: twelve in chunks of four, then one at a time."""
-    cache, found, start = cache_of(kind, model), [], 0
-    while start < ids.shape[1]:
-        stop = start + (4 if start < 12 else 1)
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, start:stop]
-        inputs = {"attention_mask": mask[:, :stop], "position_ids": positions, "past_key_values": cache}
-        found.append(model(ids[:, start:stop], **inputs, use_cache=True).logits)
-        start = stop
-    return torch.cat(found, dim=1)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -149,31 +121,14 @@ def test_queries_turn_by_the_slot_they_are_in(kind: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "granite"])
 def test_both_forwards_are_one_function(family: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values mixed as latents or made from them; which of the two runs depends on the number of queries."""
-    _, converted = exact(family)
-    converted.set_attn_implementation(implementation)
-    ids, found = tokens(2, 20), {}
-    attention = attention_layers(converted)[0]
-    assert attention.absorbs(1) and not attention.absorbs(10_000)
-    absorbed = MLAAttention.attend_latent
-    ran: list[bool] = []
-    monkeypatch.setattr(MLAAttention, "attend_latent", lambda *given: (ran.append(True), absorbed(*given))[1])
-    for always in (True, False):
-        monkeypatch.setattr(FullRopeMLAAttention, "absorbs", lambda self, queries, always=always: always)
-        found[always] = step_by_step(converted, ids, torch.ones_like(ids), "dynamic")
-        assert bool(ran) == always
-        ran.clear()
-    assert relative(found[True], found[False]) < TOLERANCE
+    """Values mixed as latents or made from them."""
+    both_forwards_agree(exact(family)[1], implementation, monkeypatch)
 
 
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_generation_is_the_originals(family: str, way: dict) -> None:
-    model, converted = exact(family)
-    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
-    ids[1, :4], mask[1, :4] = 0, 0
-    options = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False} | way
-    assert torch.equal(converted.generate(ids, **options), model.generate(ids, **options))
+    generates_alike(*exact(family), way)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -190,22 +145,7 @@ CASES = [("qwen2", {}), ("qwen3", {"q_lora_rank": 12}), ("gpt_neox", {"q_lora_ra
 @pytest.mark.parametrize(("family", "options"), CASES)
 def test_round_trip_with_and_without_the_package(family: str, options: dict, tmp_path: Path) -> None:
     model, _ = convert(tiny_model(family), ConversionOptions(rope="full", kv_lora_rank=20, **options))
-    folder, expected = tmp_path / "converted", logits(model, tokens())
-    model.save_pretrained(folder)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder), tokens()), expected)
-    torch.save(tokens(), tmp_path / "ids.pt")
-    (tmp_path / "elsewhere").mkdir()
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", block_package() + WITHOUT_PACKAGE, str(folder), str(tmp_path / "ids.pt")]
-        + [str(tmp_path / "out.pt"), str(torch.get_num_threads())],
-        cwd=tmp_path / "elsewhere",
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert torch.equal(torch.load(tmp_path / "out.pt")[0], expected)
+    loads_with_and_without_the_package(model, tmp_path)
 
 
 def test_half_precision_keeps_the_frequencies(tmp_path: Path) -> None:
@@ -287,11 +227,7 @@ def test_norms_are_of_the_keys_that_the_latent_gives(family: str) -> None:
 def test_reconstruction_brings_a_short_latent_nearer(family: str) -> None:
     model = tiny_model(family)
     options = ConversionOptions(rope="full", kv_lora_rank=16, low_rank="attention")
-    converted, _ = convert(model, options, collect_statistics(model, TEXT))
-    before = compare(model, converted, [tokens(8, 24, seed=5)]).kl_divergence
-    fits = reconstruct(model, converted, tokens(64, 24).split(4), 60, learning_rate=2e-2)
-    assert all(fit.after < fit.before for fit in fits)
-    assert compare(model, converted, [tokens(8, 24, seed=5)]).kl_divergence < 0.95 * before
+    reconstruction_helps(model, convert(model, options, collect_statistics(model, TEXT))[0])
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -308,23 +244,8 @@ def test_few_bits_lose_more_the_fewer_they_are(bits: int) -> None:
 @pytest.mark.parametrize("scales", ["table", "token"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_decoding_is_one_window_with_simulated_codes(family: str, scales: str) -> None:
-    """Padded rows too, which come out as alone. Control: the table of one channel belongs to another."""
-    model, ids = formatted(family, scales, rope="full", rope_dim=0, kv_lora_rank=16), tokens(2, 26)
-    expected = window(model, ids)
-    for prompt in (0, 15):
-        assert error(stepwise(model, ids, FormatCache(model.config), prompt), expected) < ROUNDING
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
-    positions, cache, found = (mask.cumsum(1) - 1).clamp_min(0), FormatCache(model.config), []
-    for part in [slice(0, 15), *(slice(n, n + 1) for n in range(15, 26))]:
-        own = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
-        found.append(logits(model, ids[:, part], past_key_values=cache, **own))
-    padded = torch.cat(found, 1)
-    assert error(padded[0], expected[0]) < ROUNDING
-    assert error(padded[1, 5:], window(model, ids[1:, 5:])[0]) < ROUNDING
-    tables = attention_layers(model)[0].cache_tables
-    tables.minimum.data += 3 * tables.scale.data
-    assert relative(stepwise(model, ids, FormatCache(model.config), 15), expected) > 1e-2
+    model = formatted(family, scales, rope="full", rope_dim=0, kv_lora_rank=16)
+    packed_is_one_window(model, lambda tables: tables.minimum.data.add_(3 * tables.scale.data))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

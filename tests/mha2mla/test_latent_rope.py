@@ -3,9 +3,6 @@
 The same function as rope=partial where nothing is cut, in every way to run a model.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,24 +11,31 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert, reconstruct
+from mha2mla import ConversionOptions, cache_bytes, collect_statistics, convert
 from mha2mla.compare import compare
 from mha2mla.families import attention_layers, geometry_of
 from mha2mla.modeling.attention_late_rope_mla import LateRopeMLAAttention
 from mha2mla.modeling.attention_latent_rope_mla import LatentRopeMLAAttention
-from mha2mla.modeling.attention_mla import MLAAttention
-from mha2mla.modeling.quantized_cache_mla import FormatCache
 from mha2mla.native import to_deepseek
 from mha2mla.options import Geometry
 from mha2mla.served import to_served
 from mha2mla.streaming import convert_streamed
-from tests.mha2mla.test_cache_format import ROUNDING, error, formatted, stepwise, window
-from tests.mha2mla.test_checkpoint import WITHOUT_PACKAGE, block_package
-from tests.mha2mla.test_full_rope import LONGROPE, NORMED, logits, step_by_step
+from tests.mha2mla.late_rope import (
+    LONGROPE,
+    NORMED,
+    TEXT,
+    TOLERANCE,
+    both_forwards_agree,
+    generates_alike,
+    loads_with_and_without_the_package,
+    logits,
+    packed_is_one_window,
+    reconstruction_helps,
+    step_by_step,
+)
+from tests.mha2mla.test_cache_format import formatted
 from tests.tiny import FAMILIES, KV_HEADS, SCALINGS, VARIANTS, relative, tiny_model, tokens
 
-TOLERANCE = 1e-5  # float32 rounding through two layers measures 3e-7 to 2e-6; what is wrong measures above 1e-2
-TEXT = tokens(16, 24, seed=1).split(4)
 OWN = [family for family in FAMILIES if family not in NORMED]
 COST = {"partial_rope": "rotation-cost", "expected_rotation": True}
 
@@ -142,30 +146,14 @@ def test_queries_turn_by_the_slot_they_are_in(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "granite"])
 def test_both_forwards_are_one_function(family: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    converted = converted_from(tiny_model(family), 0.5)
-    converted.set_attn_implementation(implementation)
-    ids, found = tokens(2, 20), {}
-    attention = attention_layers(converted)[0]
-    assert attention.absorbs(1) and not attention.absorbs(10_000)
-    absorbed = MLAAttention.attend_latent
-    ran: list[bool] = []
-    monkeypatch.setattr(MLAAttention, "attend_latent", lambda *given: (ran.append(True), absorbed(*given))[1])
-    for always in (True, False):
-        monkeypatch.setattr(LatentRopeMLAAttention, "absorbs", lambda self, queries, always=always: always)
-        found[always] = step_by_step(converted, ids, torch.ones_like(ids), "dynamic")
-        assert bool(ran) == always
-        ran.clear()
-    assert relative(found[True], found[False]) < TOLERANCE
+    both_forwards_agree(converted_from(tiny_model(family), 0.5), implementation, monkeypatch)
 
 
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_generation_is_the_originals(family: str, way: dict) -> None:
-    model, ids = tiny_model(family), tokens(2, 12)
-    converted, mask = converted_from(model), torch.ones(2, 12, dtype=torch.int64)
-    ids[1, :4], mask[1, :4] = 0, 0
-    options = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False} | way
-    assert torch.equal(converted.generate(ids, **options), model.generate(ids, **options))
+    model = tiny_model(family)
+    generates_alike(model, converted_from(model), way)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -181,22 +169,7 @@ def test_the_cache_holds_r_numbers_and_nothing_else(family: str) -> None:
 @pytest.mark.parametrize(("family", "changes"), [("qwen2", {}), ("gpt_neox", {"q_lora_rank": 12})])
 def test_round_trip_with_and_without_the_package(family: str, changes: dict, tmp_path: Path) -> None:
     model = converted_from(tiny_model(family), 0.5, kv_lora_rank=20, **changes)
-    folder, expected = tmp_path / "converted", logits(model, tokens())
-    model.save_pretrained(folder)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder), tokens()), expected)
-    torch.save(tokens(), tmp_path / "ids.pt")
-    (tmp_path / "elsewhere").mkdir()
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", block_package() + WITHOUT_PACKAGE, str(folder), str(tmp_path / "ids.pt")]
-        + [str(tmp_path / "out.pt"), str(torch.get_num_threads())],
-        cwd=tmp_path / "elsewhere",
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert torch.equal(torch.load(tmp_path / "out.pt")[0], expected)
+    loads_with_and_without_the_package(model, tmp_path)
 
 
 @pytest.mark.parametrize("low_rank", ["attention", "joint", "split", "activation", "balanced"])
@@ -223,33 +196,14 @@ def test_more_rotation_is_nearer() -> None:
 @pytest.mark.parametrize("scales", ["table", "token"])
 @pytest.mark.parametrize("family", OWN)
 def test_packed_decoding_is_one_window_with_simulated_codes(family: str, scales: str) -> None:
-    """Padded rows too, which come out as alone. Control: the table of one channel belongs to another."""
-    model, ids = formatted(family, scales, rope="latent", rope_dim=8, kv_lora_rank=16), tokens(2, 26)
-    expected = window(model, ids)
-    for prompt in (0, 15):
-        assert error(stepwise(model, ids, FormatCache(model.config), prompt), expected) < ROUNDING
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
-    positions, cache, found = (mask.cumsum(1) - 1).clamp_min(0), FormatCache(model.config), []
-    for part in [slice(0, 15), *(slice(n, n + 1) for n in range(15, 26))]:
-        own = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
-        found.append(logits(model, ids[:, part], past_key_values=cache, **own))
-    padded = torch.cat(found, 1)
-    assert error(padded[0], expected[0]) < ROUNDING
-    assert error(padded[1, 5:], window(model, ids[1:, 5:])[0]) < ROUNDING
-    tables = attention_layers(model)[0].cache_tables
-    tables.minimum.data = tables.minimum.data.roll(1)
-    assert relative(stepwise(model, ids, FormatCache(model.config), 15), expected) > 1e-2
+    model = formatted(family, scales, rope="latent", rope_dim=8, kv_lora_rank=16)
+    packed_is_one_window(model, lambda tables: tables.minimum.data.copy_(tables.minimum.data.roll(1)))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_reconstruction_brings_a_short_latent_nearer(family: str) -> None:
     model = tiny_model(family)
-    converted = converted_from(model, 0.5, kv_lora_rank=16, low_rank="attention")
-    before = compare(model, converted, [tokens(8, 24, seed=5)]).kl_divergence
-    fits = reconstruct(model, converted, tokens(64, 24).split(4), 60, learning_rate=2e-2)
-    assert all(fit.after < fit.before for fit in fits)
-    assert compare(model, converted, [tokens(8, 24, seed=5)]).kl_divergence < 0.95 * before
+    reconstruction_helps(model, converted_from(model, 0.5, kv_lora_rank=16, low_rank="attention"))
 
 
 def test_layer_by_layer_is_the_same(tmp_path: Path) -> None:
